@@ -1,0 +1,30 @@
+"""Efficient Vision Transformers: what every notebook shares. See README.md for the map of the modules."""
+
+__version__ = "0.1.0"
+
+
+def _heal_torchvision() -> None:
+    """Let `import torchvision` (which timm needs) work beside a torch that its binary was not built for.
+
+    A CUDA-built torchvision cannot load its C++ operators next to a CPU-only torch and then fails with
+    "operator torchvision::nms does not exist", because its Python half registers shapes for operators that
+    nobody declared. Nothing here calls these two detection operators, so declaring their signatures is enough.
+    A matching pair of wheels imports at the first try and is left alone.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        import torch
+
+        global _OPERATORS  # a Library undeclares its operators when it is garbage-collected
+        _OPERATORS = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+    except ImportError:  # not installed: timm will say so where it matters
+        pass
+
+
+_heal_torchvision()

@@ -1,0 +1,71 @@
+"""One view of a transformer block: its attention cut into steps, scores on request, its MLP.
+
+The functions below run a block's own submodules (norms, projections, q/k-norm, LayerScale, DropPath), so a
+DeiT, an AugReg ViT, a DeiT-III or an already pruned model needs no code of its own. The order of steps is that
+of `timm.models.vision_transformer.Block`:
+
+    x = x + DropPath(LayerScale(Attention(Norm(x))))
+    x = x + DropPath(LayerScale(MLP(Norm(x))))
+"""
+
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+
+class UnsupportedBlock(TypeError):
+    """A model or block whose steps are not known here: refused by name, never pruned wrongly or not at all."""
+
+
+def check(vit: nn.Module) -> None:
+    """Raise UnsupportedBlock unless every step of `vit` is one that this module knows how to run."""
+    if not isinstance(vit, VisionTransformer):
+        raise UnsupportedBlock(f"{_name(vit)} is not supported: expected a timm VisionTransformer")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise UnsupportedBlock(f"{_name(vit.patch_drop)} drops patches at random: expected patch_drop_rate=0")
+    for index, block in enumerate(vit.blocks):
+        if type(block) is not Block:
+            raise UnsupportedBlock(f"blocks.{index} is a {_name(block)}: expected timm's Block")
+        if type(block.attn) is not Attention:
+            raise UnsupportedBlock(f"blocks.{index}.attn is a {_name(block.attn)}: expected timm's Attention")
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def qkv(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, H, N, d), of normalised tokens x (B, N, D), after q/k-norm."""
+    B, N, _ = x.shape
+    q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention output (B, H, Nq, d) by the fused kernel; `bias` is added to the logits, or a boolean key mask."""
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+
+
+def probabilities(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
+    """Attention probabilities (B, H, Nq, Nk); rows sum to one. For scores cheaply, pass only the rows needed."""
+    return (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+
+
+def project(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
+    """Join heads (B, H, N, d) to (B, N, D) by the block's own projection; x is what the attention was fed."""
+    y = attn.norm(heads.transpose(1, 2).flatten(2))
+    if getattr(attn, "gate", None) is not None:  # timm >= 1.0.20
+        y = y * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y))
+
+
+def add_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """The attention residual: x plus the projected attention output y, both (B, N, D)."""
+    return x + block.drop_path1(block.ls1(y))
+
+
+def add_mlp(block: Block, x: Tensor) -> Tensor:
+    """The MLP residual: x (B, N, D) plus the block's MLP of it."""
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

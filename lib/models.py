@@ -1,0 +1,197 @@
+"""Create, save and load models. A saved model rebuilds itself, however it was wrapped or pruned.
+
+A saved model is one .safetensors file whose header carries the configuration, so weights and configuration cannot
+be mixed up, with a readable copy of it in the .json beside. Nothing is ever unpickled.
+"""
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from lib import runs
+
+# Small ViTs that timm does not name. Everything not set here is as in timm's vit_tiny_patch16_224.
+PRESETS = {
+    # The default of the embedded digits: 64 patches, 0.69 M parameters.
+    "vit_digits": dict(img_size=48, patch_size=6, embed_dim=96, depth=6, num_heads=3),
+    # For 32x32 images from scratch: 64 patches, 2,714,980 parameters with 100 classes.
+    "vit_cifar": dict(img_size=32, patch_size=4, embed_dim=192, depth=9, num_heads=3, mlp_ratio=2.0),
+}
+FORMAT = 1
+
+
+class ModelError(ValueError):
+    """A model that cannot be made, saved or loaded: one line naming what was found and what was expected."""
+
+
+def create(
+    arch: str, num_classes: int, img_size: int | None = None, weights: str | Path | None = None, **timm_kwargs
+) -> nn.Module:
+    """A ViT by name: one of PRESETS or any timm ViT, with timm's own overrides (patch_size, embed_dim, depth, …).
+
+    weights: None (random), "pretrained" (timm's hub) or a local file: .safetensors, or a .bin/.pth state dict read
+    with weights_only. A head for other classes is left out and stays random, position embeddings are resized to
+    img_size; anything else that does not fit raises ModelError.
+    """
+    overrides = dict(timm_kwargs, num_classes=num_classes)
+    if img_size is not None:
+        overrides["img_size"] = img_size
+    name, settings = arch, overrides
+    if arch in PRESETS:
+        name, settings = "vit_tiny_patch16_224", PRESETS[arch] | overrides
+    elif not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, [*PRESETS, *timm.list_models("*vit*")], n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ModelError(
+            f"arch {arch!r} is unknown: expected a timm ViT or one of {', '.join(PRESETS)}{hint}"
+        )
+    patch, size = settings.get("patch_size"), settings.get("img_size")
+    if isinstance(patch, int) and isinstance(size, int) and size % patch:
+        raise ModelError(f"img_size {size} is not a multiple of patch_size {patch}")
+    try:
+        model = timm.create_model(name, pretrained=weights == "pretrained", **settings)
+    except (TypeError, AssertionError) as error:
+        raise ModelError(f"arch {arch!r} cannot be made with {settings}: {error}") from error
+    model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": timm_kwargs}
+    if weights not in (None, "", "pretrained"):
+        _load_weights(model, Path(weights))
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a dense model from a state dict, the head excepted where the number of classes differs."""
+    state = _read_tensors(path)
+    state = state.get("state_dict", state.get("model", state))
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(dict(state), model)
+    own = model.state_dict()
+    fresh = [k for k in state if k.startswith("head.") and k in own and own[k].shape != state[k].shape]
+    faults = [f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in state.items()
+              if k in own and k not in fresh and v.shape != own[k].shape]  # fmt: skip
+    faults += [f"{k} is missing" for k in own if k not in state] + [
+        f"{k} is unknown" for k in state if k not in own
+    ]
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ModelError(f"{path} does not fit arch {model.config['arch']!r}: {faults[0]}{more}")
+    model.load_state_dict({k: v for k, v in state.items() if k not in fresh}, strict=not fresh)
+    if fresh:
+        print(
+            f"{path.name}: head for {len(own[fresh[0]])} classes starts at random (the file's is for other classes)"
+        )
+
+
+def _read_tensors(path: Path) -> dict:
+    if not path.is_file():
+        raise ModelError(f"weights {path} not found: expected a local file, 'pretrained' or none")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for damaged or unsafe files
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{path} is not a readable state dict (truncated, or it holds code): {reason}"
+        ) from error
+
+
+def describe(model: nn.Module) -> dict:
+    """The configuration from which `build` makes this model again, weights aside."""
+    if hasattr(model, "arguments"):  # a pruner that wraps `model.vit`
+        module = type(model).__module__.removeprefix("lib.pruners.")
+        name = f"{module}.{type(model).__qualname__}"
+        return {"pruner": name, "arguments": model.arguments, "model": describe(model.vit)}
+    if hasattr(model, "config"):
+        return model.config
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"cannot describe a {type(model).__name__}: make models by lib.models.create")
+    embed, first = model.patch_embed, model.blocks[0]
+    return {
+        "arch": model.pretrained_cfg["architecture"],
+        "num_classes": model.num_classes,
+        "img_size": embed.img_size[0],
+        "timm": {
+            "patch_size": embed.patch_size[0],
+            "in_chans": embed.proj.in_channels,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": first.attn.num_heads,
+            "mlp_ratio": first.mlp.fc1.out_features / model.embed_dim,
+            "global_pool": model.global_pool,
+        },
+    }
+
+
+def build(config: dict) -> nn.Module:
+    """A model of this configuration with fresh weights."""
+    if "pruner" not in config:
+        return create(config["arch"], config["num_classes"], config["img_size"], **config["timm"])
+    module, _, name = config["pruner"].partition(".")
+    if not (module.isidentifier() and name.isidentifier()):
+        raise ModelError(f"pruner {config['pruner']!r}: expected module.Class below lib.pruners")
+    # By name, so that this module knows no method: whatever lib/pruners/ holds can be loaded.
+    wrapper = getattr(importlib.import_module(f"lib.pruners.{module}"), name)
+    return wrapper(build(config["model"]), **config["arguments"])
+
+
+def save(model: nn.Module, path: str | Path, **metadata) -> Path:
+    """Write path (.safetensors) and its .json, each whole or not at all; metadata: JSON values to keep with it."""
+    path = Path(path).with_suffix(".safetensors")
+    config = describe(model)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        twin = build(config)
+    if _outline(twin) != _outline(model):
+        raise ModelError(
+            f"{config} would not rebuild this {type(model).__name__}: make models by lib.models.create"
+        )
+    header = json.dumps({"format": FORMAT, "model": config, "metadata": metadata}, indent=1)
+    runs.write(path, lambda temporary: save_file(state, temporary, metadata={"lib": header}))
+    runs.write(path.with_suffix(".json"), lambda temporary: temporary.write_text(header))
+    return path
+
+
+def _outline(model: nn.Module) -> tuple:
+    """What two models of equal outline share besides the values of their weights."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, repr(model), [m.num_heads for m in model.modules() if hasattr(m, "num_heads")]
+
+
+def header(path: str | Path) -> dict:
+    """The saved configuration and metadata of a model file: {"format", "model", "metadata"}."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"model {path} not found: expected a file written by lib.models.save")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lib")
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+    if text is None:
+        raise ModelError(
+            f"{path} holds bare weights: give it to lib.models.create(arch, …, weights=path) instead"
+        )
+    content = json.loads(text)
+    if content["format"] != FORMAT:
+        raise ModelError(f"{path} has format {content['format']}: this version reads {FORMAT}")
+    return content
+
+
+def load(path: str | Path) -> nn.Module:
+    """The model saved at path (a .safetensors file or a run's folder), in evaluation mode."""
+    content = header(path)
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    model = build(content["model"])
+    model.load_state_dict(_read_tensors(path), assign=True)  # assign keeps the dtype that was saved
+    return model.eval()

@@ -1,0 +1,202 @@
+"""Figures. Every function returns a matplotlib Figure; patches are numbered row-major on a (rows, columns) grid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"figure.dpi": 100, "savefig.dpi": 150})
+HEAT = "viridis"
+DIMMED = 0.2  # brightness that is left of a dropped patch
+
+# One colour and marker per method in every figure; methods not named here take the palette's next ones.
+METHODS = ["dense", "ucb", "random", "centre"]
+
+
+def _grid(rows: int, columns: int, size: float = 1.6) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, size * rows + 0.3), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        sns.despine(ax=axis, left=True, bottom=True)
+    return figure, axes
+
+
+def samples(split: Any, classes: Sequence[str], count: int = 16) -> Figure:
+    """Images spread evenly over a split, with their classes; the foreground outlined where the split has masks."""
+    chosen = np.linspace(0, len(split) - 1, count).astype(int)
+    columns = min(8, count)
+    figure, axes = _grid(-(-count // columns), columns)
+    for axis, index in zip(axes.flat, chosen, strict=False):
+        axis.imshow(split.images[index])
+        axis.set_title(str(classes[split.labels[index]])[:14], fontsize=9)
+        if split.masks is not None:
+            axis.contour(split.masks[index], levels=[0.5], colors=["tab:orange"], linewidths=0.8)
+    return figure
+
+
+def training(history: list[dict]) -> Figure:
+    """Training loss and validation accuracy per epoch, the kept epoch marked."""
+    table = pd.DataFrame(history)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot(table.epoch, table.train_loss, marker="o", markersize=3)
+    left.set(xlabel="epoch", ylabel="training loss (nats)")
+    right.plot(table.epoch, table.val_top1, marker="o", markersize=3, color="C1")
+    best = table.sort_values(["val_top1", "val_nll_nats"], ascending=[False, True]).iloc[0]
+    right.plot(best.epoch, best.val_top1, marker="*", markersize=14, color="C3", linestyle="", label="kept weights")
+    right.set(xlabel="epoch", ylabel=f"validation accuracy (n={int(table.n_val.iloc[0])})")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    right.legend()
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    sns.despine(figure)
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Share of each true class (rows, summing to one) predicted as each class (columns)."""
+    share = np.asarray(matrix) / np.maximum(np.asarray(matrix).sum(axis=1, keepdims=True), 1)
+    few = len(classes) <= 20
+    figure, axis = plt.subplots(figsize=(6.2, 5.2), layout="constrained")
+    names = [str(name)[:16] for name in classes] if few else False
+    sns.heatmap(share, vmin=0, vmax=1, cmap=HEAT, square=True, xticklabels=names, yticklabels=names, ax=axis,
+                annot=share if few else None, fmt=".2f", annot_kws={"fontsize": 7},
+                cbar_kws={"label": "share of the true class"})  # fmt: skip
+    axis.set(xlabel="predicted class", ylabel="true class")
+    return figure
+
+
+def overlay(image: np.ndarray, kept: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
+    """The image (H, W, 3) uint8 with every patch that is not kept dimmed: what a pruned model gets to see."""
+    shown = np.zeros(grid[0] * grid[1], dtype=bool)
+    shown[np.asarray(kept, dtype=int)] = True
+    return (image * np.where(_upsampled(shown.reshape(grid), image), 1.0, DIMMED)[..., None]).astype(np.uint8)
+
+
+def _upsampled(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Values on the patch grid, repeated to the image's pixels; pixels beyond the last whole patch repeat it."""
+    rows, columns = (np.minimum(np.arange(n) // (n // g), g - 1) for n, g in zip(image.shape, values.shape, strict=False))
+    return values[rows[:, None], columns]
+
+
+def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]) -> Figure:
+    """Images (n, H, W, 3) as rows of methods see them; kept: per name one set (K,) for all, or one per image."""
+    figure, axes = _grid(len(kept), len(images))
+    for row, (name, sets) in zip(axes, kept.items(), strict=True):
+        each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
+        row[0].set_ylabel(f"{name}\n{len(each[0])} of {grid[0] * grid[1]}", fontsize=9)
+        for axis, image, one in zip(row, images, each, strict=True):
+            axis.imshow(overlay(image, one, grid))
+    return figure
+
+
+def heat(values: np.ndarray, grid: tuple[int, int], images: np.ndarray, label: str) -> Figure:
+    """A value per patch (P,): alone, and laid over example images (n, H, W, 3)."""
+    figure, axes = _grid(1, len(images) + 1, size=2.0)
+    field = np.asarray(values).reshape(grid)
+    drawn = axes[0, 0].imshow(field, cmap=HEAT)
+    axes[0, 0].set_title("all images", fontsize=10)
+    for axis, image in zip(axes[0, 1:], images, strict=True):
+        axis.imshow(image.mean(axis=-1), cmap="gray")
+        axis.imshow(_upsampled(field, image), cmap=HEAT, alpha=0.55, vmin=field.min(), vmax=field.max())
+    figure.colorbar(drawn, ax=list(axes[0]), label=label, shrink=0.8)
+    return figure
+
+
+def layers(values: np.ndarray, grid: tuple[int, int], label: str) -> Figure:
+    """A value per block and patch (L, P): one map per block on one colour scale, and their mean."""
+    values = np.asarray(values)
+    maps = [*values, values.mean(axis=0)]
+    columns = min(7, len(maps))
+    figure, axes = _grid(-(-len(maps) // columns), columns, size=1.7)
+    low, high = values.min(), values.max()
+    for axis in axes.flat[len(maps) :]:
+        axis.remove()
+    for index, (axis, one) in enumerate(zip(axes.flat, maps, strict=False)):
+        drawn = axis.imshow(one.reshape(grid), cmap=HEAT, vmin=low, vmax=high)
+        axis.set_title("mean of blocks" if index == len(values) else f"block {index}", fontsize=10)
+    figure.colorbar(drawn, ax=list(axes.flat[: len(maps)]), label=label, shrink=0.8)
+    return figure
+
+
+def nested_sets(scores: np.ndarray, grid: tuple[int, int], image: np.ndarray, ratios: Sequence[float]) -> Figure:
+    """What stays of an image at each keep ratio when patches leave in the order of their scores (P,)."""
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    figure, axes = _grid(1, len(ratios), size=1.5)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        axis.imshow(overlay(image, order[: max(1, int(ratio * len(order) + 1e-9))], grid))
+        axis.set_title(f"keep {ratio:g}", fontsize=10)
+    return figure
+
+
+def count_histogram(counts: np.ndarray, uniform: float) -> Figure:
+    """How unequally patches were selected: counts (L, P), one curve per block against the count at random."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    table = pd.DataFrame(np.asarray(counts).T).melt(var_name="block", value_name="count")
+    sns.histplot(table, x="count", hue="block", element="step", fill=False, bins=24, palette=HEAT, ax=axis)
+    axis.axvline(uniform, color="k", linestyle="--", linewidth=1)
+    axis.annotate(" same for all", (uniform, axis.get_ylim()[1]), va="top", fontsize=9)
+    axis.set(xlabel="selections N of a patch (share of images, summed over steps)", ylabel="patches")
+    sns.despine(figure)
+    return figure
+
+
+def foreground(table: pd.DataFrame) -> Figure:
+    """Share of the foreground kept against the share of patches kept: columns keep_ratio, recall, method."""
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    _lines(axis, table, "keep_ratio", "recall")
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="random on average")
+    axis.set(xlabel="share of the patches kept", ylabel="share of the foreground kept", xlim=(0, 1), ylim=(0, 1.02))
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(PercentFormatter(1))
+    axis.legend()
+    sns.despine(figure)
+    return figure
+
+
+def methods_palette(methods: Sequence[str]) -> dict[str, Any]:
+    """The colour of each method, the same in every figure."""
+    known = [*METHODS, *sorted(set(methods) - {*METHODS})]
+    colours = sns.color_palette("colorblind", max(10, len(known)))
+    return {name: colours[known.index(name)] for name in methods}
+
+
+def _lines(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """One line with 95 % intervals over seeds per method."""
+    names = [name for name in [*METHODS, *sorted({*table.method} - {*METHODS})] if name in {*table.method}]
+    for name in names:
+        seeds = table[table.method == name].groupby(x)[y].agg(["mean", "sem", "count"]).reset_index()
+        interval = seeds["sem"].where(seeds["count"] > 1) * 1.96
+        axis.errorbar(seeds[x], seeds["mean"], yerr=interval, marker="o", capsize=3, label=name,
+                      color=methods_palette(names)[name])  # fmt: skip
+
+
+def trade_off(table: pd.DataFrame, cost: str, label: str, value: str = "top1") -> Figure:
+    """Accuracy against a cost: one point per run, the means over seeds joined, the Pareto front starred."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    palette = methods_palette([*dict.fromkeys(table.method)])
+    sns.scatterplot(table, x=cost, y=value, hue="method", palette=palette, s=22, alpha=0.45, legend=False, ax=axis)
+    means = table.groupby(["method", "keep_ratio"])[[cost, value, "pareto"]].mean().reset_index()
+    for name, line in means.groupby("method"):
+        line = line.sort_values(cost)
+        axis.plot(line[cost], line[value], color=palette[name], marker="o", label=name)
+    front = means[means.pareto > 0.5]
+    axis.scatter(front[cost], front[value], marker="*", s=190, facecolor="none", edgecolor="k", label="Pareto", zorder=5)
+    axis.set(xlabel=label, ylabel="test accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend()
+    sns.despine(figure)
+    return figure
+
+
+def metrics(scores: dict[str, Any]) -> pd.DataFrame:
+    """The single numbers among scores as a table to show."""
+    return pd.DataFrame({"value": {k: v for k, v in scores.items() if isinstance(v, int | float)}}).round(4)

@@ -1,0 +1,204 @@
+"""Running a ViT's own blocks while tokens leave: what every token method shares.
+
+A method decides which patches stay (a pure function from scores to indices); this file embeds, gathers, runs
+and records. Tokens are always ordered prefix (CLS, registers) first, then patches; prefix tokens never leave.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib import blocks
+
+
+@dataclass
+class Trace:
+    """What left where, for one batch.
+
+    logits: (B, classes).
+    kept:   per block, the indices of the patches it kept: (B, k), row-major on the patch grid.
+    depth:  (B, patches), the number of blocks that kept each patch.
+    """
+
+    logits: Tensor
+    kept: list[Tensor]
+    depth: Tensor
+
+
+def kept_count(ratio: float, total: int) -> int:
+    """max(1, floor(ratio * total)); the epsilon keeps 0.29 * 100 at 29, where float arithmetic says 28.99…"""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"keep ratio is {ratio}: expected a share in (0, 1]")
+    return max(1, math.floor(ratio * total + 1e-9))
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of x (B, N, …): (B, K, …)."""
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def with_prefix(kept: Tensor, prefix: int) -> Tensor:
+    """Token indices (B, prefix + K) of the patches `kept` (B, K) together with all prefix tokens."""
+    head = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+    return torch.cat([head, kept + prefix], dim=1)
+
+
+class TokenPruner(nn.Module):
+    """A ViT whose blocks may lose tokens. A method overrides `block`; with no override this is the dense model.
+
+    vit: any timm VisionTransformer made of plain Blocks (UnsupportedBlock otherwise). It is held, not copied:
+    its parameters train with the wrapper.
+    """
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        blocks.check(vit)
+        self.vit = vit
+
+    @property
+    def prefix(self) -> int:
+        return self.vit.num_prefix_tokens
+
+    @property
+    def patches(self) -> int:
+        """Number of patches that enter the first block."""
+        return self.vit.patch_embed.num_patches
+
+    @property
+    def arguments(self) -> dict:
+        """Constructor arguments besides `vit`, as plain JSON values: what models.save stores to rebuild this."""
+        return {}
+
+    def block(self, index: int, x: Tensor, ids: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
+        """Run block `index` on tokens x (B, N, D) whose patches are ids (B, N - prefix).
+
+        Returns x and ids of the tokens that go on to the next block. A method may return more, which `run`
+        collects; the first of it are the ids the block kept, where these are not simply those that go on.
+        """
+        return self.vit.blocks[index](x), ids
+
+    def extra(self) -> list[tuple[Tensor, ...]]:
+        """Per block, tensors to hand to `block`: fixed before the first block runs, so that a block recomputed
+        by gradient checkpointing decides as it did the first time."""
+        return [()] * len(self.vit.blocks)
+
+    def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Logits (B, classes), and per block the ids it kept (B, k) with whatever else `block` returned."""
+        vit = self.vit
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(len(x), -1)
+        record = []
+        for index, extra in enumerate(self.extra()):
+            if vit.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x, ids, *more = checkpoint(self.block, index, x, ids, *extra, use_reentrant=False)
+            else:
+                x, ids, *more = self.block(index, x, ids, *extra)
+            record.append(tuple(more) or (ids,))
+        return vit.forward_head(vit.norm(x)), record
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self.run(images)[0]
+
+    @torch.inference_mode()
+    def trace(self, images: Tensor) -> Trace:
+        """Logits and what left where, in evaluation mode (nothing is learnt or counted by looking)."""
+        training = self.training
+        self.eval()
+        try:
+            logits, record = self.run(images)
+        finally:
+            self.train(training)
+        kept = [self.original(first).sort(dim=1).values for first, *_ in record]
+        depth = torch.zeros(len(images), math.prod(self.vit.patch_embed.grid_size), dtype=torch.long)
+        depth = depth.to(logits.device)
+        for ids in kept:
+            depth.scatter_add_(1, ids, torch.ones_like(ids))
+        return Trace(logits, kept, depth)
+
+    def original(self, ids: Tensor) -> Tensor:
+        """Indices on the image's full patch grid, of indices into the patches that enter the first block."""
+        kept = getattr(self.vit.patch_embed, "kept", None)
+        return ids if kept is None else kept[ids]
+
+
+class KeptPatchEmbed(nn.Module):
+    """A PatchEmbed that unfolds and projects only the patches `kept`: (B, C, H, W) to (B, K, D).
+
+    A convolution with stride = kernel is a matrix product per patch, so the patches left out cost nothing.
+    """
+
+    def __init__(self, embed: nn.Module, kept: Tensor):
+        super().__init__()
+        if type(getattr(embed, "proj", None)) is not nn.Conv2d or not getattr(embed, "flatten", False):
+            raise blocks.UnsupportedBlock(
+                f"{blocks._name(embed)}: expected timm's PatchEmbed with one convolution"
+            )
+        self.proj, self.norm = embed.proj, embed.norm
+        self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
+        self.num_patches = len(kept)
+        self.register_buffer("kept", kept)
+
+    def forward(self, images: Tensor) -> Tensor:
+        B, C, H, W = images.shape
+        if tuple(self.img_size) != (H, W):
+            raise ValueError(
+                f"images are {H}x{W}: this model was frozen for {self.img_size[0]}x{self.img_size[1]}"
+            )
+        (gh, gw), (ph, pw) = self.grid_size, self.patch_size
+        x = images[..., : gh * ph, : gw * pw].reshape(B, C, gh, ph, gw, pw)
+        rows, columns = self.kept // gw, self.kept % gw
+        x = x.permute(0, 2, 4, 1, 3, 5)[:, rows, columns]  # (B, K, C, ph, pw)
+        return self.norm(F.linear(x.flatten(2), self.proj.weight.flatten(1), self.proj.bias))
+
+
+class FixedPatches(TokenPruner):
+    """The same patches `kept` for every image: embedded alone, run alone. What UCB stage 2 freezes to.
+
+    vit becomes physically smaller (it is changed in place: pass a copy to keep it): its patch embedding unfolds
+    only the kept patches and its position embedding loses the other rows. What remains is a plain timm ViT, so
+    compile, export, fine-tuning and every other method work on it unchanged.
+    """
+
+    def __init__(self, vit: nn.Module, kept: Tensor | list[int]):
+        super().__init__(vit)
+        kept = torch.as_tensor(kept, dtype=torch.long, device="cpu").sort().values
+        total = vit.patch_embed.num_patches
+        if (
+            kept.ndim != 1
+            or not len(kept)
+            or len(kept.unique()) != len(kept)
+            or kept[0] < 0
+            or kept[-1] >= total
+        ):
+            raise ValueError(
+                f"kept patches: expected distinct indices in 0..{total - 1}, got {kept.tolist()}"
+            )
+        if vit.dynamic_img_size or vit.pos_embed is None:
+            raise blocks.UnsupportedBlock(
+                f"{blocks._name(vit)}: expected a fixed image size and position embedding"
+            )
+        embed = vit.patch_embed
+        if isinstance(embed, KeptPatchEmbed):
+            raise blocks.UnsupportedBlock(
+                "this model embeds only some patches already: freeze the dense model"
+            )
+        vit.patch_embed = KeptPatchEmbed(embed, kept.to(vit.pos_embed.device))
+        first = vit.pos_embed.shape[1] - total  # rows of prefix tokens come first, where they have any
+        rows = torch.cat([torch.arange(first, device="cpu"), kept + first])
+        vit.pos_embed = nn.Parameter(
+            vit.pos_embed.detach()[:, rows.to(vit.pos_embed.device)].clone(), vit.pos_embed.requires_grad
+        )
+
+    @property
+    def kept(self) -> Tensor:
+        """The kept patches (K,), ascending, on the image's patch grid."""
+        return self.vit.patch_embed.kept
+
+    @property
+    def arguments(self) -> dict:
+        return {"kept": self.kept.tolist()}

@@ -1,0 +1,294 @@
+"""Runs: checked parameters in, artefacts out, each written whole or not at all.
+
+A run is the folder outputs/<notebook>/<run>/ with params.json, metrics.jsonl, metrics.json, model.safetensors and
+.json, figures/, provenance.json, last/ (resume state) and DONE, which is written last: what has no DONE is not a
+result.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lib import params as parameters
+
+# Where a run is written and whether it continues does not change what it computes.
+NOT_IDENTITY = ("output_dir", "run_name", "resume")
+_held: dict[Path, FileLock] = {}  # runs this process writes: a notebook's cell may be run twice
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or end as asked: one line saying why."""
+
+
+def root() -> Path:
+    """The repository's folder: the nearest parent of the working directory that looks like it, else lib's own."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "notebooks").is_dir() and (folder / "lib" / "runs.py").is_file():
+            return folder
+    return Path(__file__).resolve().parent.parent
+
+
+def resolve(path: str) -> str:
+    """A path as a parameter gives it: as it is if it exists (or is no path), else taken from the project's folder."""
+    inside = root() / path
+    return str(inside) if path and not Path(path).exists() and inside.exists() else path
+
+
+def write(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Let `writer` fill a temporary file beside `path`, then put it in place: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        writer(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; RunError names the first value that is not finite, since JSON has no such numbers."""
+    _refuse_nan(content, path.name)
+    write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def _refuse_nan(content: Any, where: str) -> None:
+    if isinstance(content, float) and not math.isfinite(content):
+        raise RunError(f"{where} is {content}: expected a finite number (None where a metric is undefined)")
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
+    for key, value in items:
+        _refuse_nan(value, f"{where}/{key}")
+
+
+def run_name(values: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """A readable name, unique for these parameters: what differs from the defaults, and a hash of everything."""
+    identity = {k: v for k, v in values.items() if k not in NOT_IDENTITY}
+    changed = [
+        str(Path(v).stem if isinstance(v, str) else f"{k}{v}")
+        for k, v in identity.items()
+        if v != defaults[k]
+    ]
+    slug = re.sub(r"[^\w.=-]+", "_", "-".join(changed) or "default").strip("._-")[:60]
+    return f"{slug}-{hashlib.sha1(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def folder(notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]) -> Path:
+    """The folder of the run of `notebook` with these checked parameters."""
+    name = values.get("run_name") or run_name(values, {k: p.default for k, p in declaration.items()})
+    if not re.fullmatch(r"[\w=-][\w.=-]*", name):
+        raise RunError(f"run_name is {name!r}: expected letters, digits and . _ = - only")
+    return root() / values.get("output_dir", "outputs") / notebook / name
+
+
+def start(notebook: str, namespace: dict[str, Any]) -> "Run":
+    """Begin the run of a notebook, called with its globals(): checks its parameters, writes back the read values.
+
+    Raises ParameterError (a line per fault) before anything is written, RunError where another process writes the
+    same run or run_name stands for other parameters.
+    """
+    declaration, values = parameters.from_namespace(namespace)
+    values = parameters.check(declaration, values)
+    namespace.update(values)
+    return Run(notebook, declaration, values)
+
+
+class Run:
+    """One run's folder, locked while open. `dir` is its path, `params` its checked parameters."""
+
+    def __init__(self, notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]):
+        self.notebook, self.params, self.facts = notebook, values, {}
+        self.defaults = {name: parameter.default for name, parameter in declaration.items()}
+        self.dir = folder(notebook, declaration, values)
+        self.began = time.time()
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except PermissionError as error:
+            raise RunError(
+                f"{self.dir} cannot be written ({error.strerror}): choose another output_dir"
+            ) from error
+        for leftover in self.dir.rglob(".*.tmp*"):
+            leftover.unlink()
+        self._same_parameters()
+        if not values.get("resume", True):
+            for old in (self.dir / "DONE", *self.dir.glob("last/*")):
+                old.unlink(missing_ok=True)
+        write_json(self.dir / "params.json", values)
+        state = "done before: what is finished is reused" if self.done else (
+            "resumes" if any(self.dir.glob("last/*.pt")) else "new")  # fmt: skip
+        print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
+
+    def _shown(self) -> str:
+        return str(self.dir.relative_to(root()) if self.dir.is_relative_to(root()) else self.dir)
+
+    def _lock(self) -> None:
+        if self.dir in _held:
+            return
+        lock, owner = FileLock(self.dir / "lock"), self.dir / "lock.pid"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            pid = owner.read_text() if owner.exists() else "unknown"
+            raise RunError(
+                f"{self._shown()} is being written by process {pid}: wait for it, or end it"
+            ) from None
+        owner.write_text(str(os.getpid()))
+        _held[self.dir] = lock
+
+    def _same_parameters(self) -> None:
+        path = self.dir / "params.json"
+        if not path.exists():
+            return
+        before = {k: v for k, v in json.loads(path.read_text()).items() if k not in NOT_IDENTITY}
+        now = {k: v for k, v in self.params.items() if k not in NOT_IDENTITY}
+        other = [
+            f"{k} was {before.get(k)!r}, is {now.get(k)!r}"
+            for k in {**before, **now}
+            if before.get(k) != now.get(k)
+        ]
+        if other:
+            self.close()
+            raise RunError(
+                f"{self._shown()} holds a run with other parameters ({'; '.join(other)}): choose another run_name"
+            )
+
+    @property
+    def done(self) -> bool:
+        return (self.dir / "DONE").exists()
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again."""
+        changed = {k: v for k, v in self.params.items() if v != self.defaults[k]}
+        options = [
+            f"-{'r' if isinstance(v, str) else 'p'} {k} {shlex.quote(str(v))}" for k, v in changed.items()
+        ]
+        return " ".join([f"papermill notebooks/{self.notebook}.ipynb out.ipynb", *options])
+
+    def log(self, rows: list[dict]) -> None:
+        """Rewrite metrics.jsonl, one line per epoch so far."""
+        _refuse_nan(rows, "metrics.jsonl")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write(self.dir / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+
+    def figure(self, figure: Any, name: str) -> None:
+        """Save a matplotlib figure as figures/<name>.png."""
+        save = lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight")  # noqa: E731
+        write(self.dir / "figures" / f"{name}.png", save)
+
+    def arrays(self, name: str, **arrays: Any) -> None:
+        """Save numpy arrays as <name>.npz, compressed."""
+        import numpy as np
+
+        def save(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, **arrays)
+
+        write(self.dir / f"{name}.npz", save)
+
+    def finish(self, metrics: dict[str, Any], **facts: Any) -> None:
+        """Write metrics.json, provenance.json (with `facts`, such as the dataset's digest) and, last, DONE."""
+        write_json(self.dir / "metrics.json", metrics)
+        seconds = round(time.time() - self.began, 1)
+        write_json(
+            self.dir / "provenance.json",
+            {"command": self.command, "wall_s": seconds, **facts, **provenance()},
+        )
+        write(
+            self.dir / "DONE", lambda temporary: temporary.write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
+        )
+        self.close()
+        print(f"{self.notebook}: done, {self._shown()}", flush=True)
+
+    def close(self) -> None:
+        """Give up the lock, as the end of the process does."""
+        if lock := _held.pop(self.dir, None):
+            (self.dir / "lock.pid").unlink(missing_ok=True)
+            lock.release()
+
+
+def provenance() -> dict[str, Any]:
+    """What this ran on: code (git commit, whether it was changed since), versions, device."""
+
+    def git(*arguments: str) -> str | None:
+        with contextlib.suppress(OSError):
+            result = subprocess.run(["git", *arguments], cwd=root(), capture_output=True, text=True)
+            return result.stdout.strip() if result.returncode == 0 else None
+
+    import torch
+
+    changes = git("status", "--porcelain")
+    packages = ("torch", "timm", "accelerate", "numpy", "torchmetrics")
+    cuda = torch.cuda.is_available()
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def find(notebook: str, output_dir: str = "outputs", **wanted: Any) -> list[Path]:
+    """Finished runs of a notebook whose parameters have the wanted values, newest first."""
+    marks = (root() / output_dir / notebook).glob("*/DONE")
+    runs = [mark.parent for mark in sorted(marks, key=lambda mark: mark.stat().st_mtime, reverse=True)]
+    return [run for run in runs if wanted.items() <= json.loads((run / "params.json").read_text()).items()]
+
+
+def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
+    """A finished run of a notebook with the wanted parameters: the newest there is, else made now, saying so."""
+    if there := find(notebook, output_dir, **wanted):
+        print(f"{notebook}: using {there[0]}", flush=True)
+        return there[0]
+    source = root() / "notebooks" / f"{notebook}.ipynb"
+    declaration = parameters.declared_in(source)
+    values = parameters.check(declaration, {**wanted, "output_dir": output_dir})
+    target = folder(notebook, declaration, values)
+    target.mkdir(parents=True, exist_ok=True)
+    print(f"{notebook}: no finished run with {wanted}, making it first in {target}", flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(source),
+        str(target / "notebook.ipynb"),
+        "-k",
+        "python3",
+    ]
+    command += [
+        "--no-progress-bar",
+        "--cwd",
+        str(root()),
+        "-y",
+        json.dumps({**wanted, "output_dir": output_dir}),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not (target / "DONE").exists():
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"{notebook} failed ({last}): see {target / 'notebook.ipynb'}")
+    return target

@@ -1,0 +1,242 @@
+"""fit: the one training loop. It knows no method: a method hands it a loss and, if it must, a callback per step.
+
+Everything random is drawn from (seed, epoch, step) or saved with the state, so a run that was killed at any moment
+and started again ends in bit-identical weights on CPU.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lib import evaluate, losses, runs
+from lib.augment import Augment, mix, normalise, step_generator
+from lib.resume import States, defer_signals, interactive
+
+Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Recipe:
+    """How to train. Epochs and rates are of the whole training; batch_size counts all processes together."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float  # peak
+    optimizer: str = "adamw"  # any timm name: adamw, sgd, muon, …
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # or "milestones", at which the rate is multiplied by `decay`
+    warmup_epochs: float = 0.0  # linear
+    milestones: tuple[int, ...] = ()  # epochs
+    decay: float = 0.1
+    label_smoothing: float = 0.0
+    clip_norm: float = 1.0  # of the gradient; 0 is no clipping
+    ema_decay: float = 0.0  # average the weights, validate and keep the average; 0 is no averaging
+    precision: str = "fp32"  # or "bf16", by autocast
+    augment: str | dict = "none"  # see lib.augment
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    patience: int = 0  # epochs without a better validation before stopping early; 0 is never
+    seed: int = 0
+    num_workers: int = 0
+    save_minutes: float = 5.0  # how often to save within long epochs
+
+    def rate(self, step: int, per_epoch: int) -> float:
+        """The learning rate at optimiser step `step`, with `per_epoch` steps in an epoch."""
+        warmup, total = round(self.warmup_epochs * per_epoch), self.epochs * per_epoch
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        if self.schedule == "milestones":
+            return self.learning_rate * self.decay ** sum(step >= epoch * per_epoch for epoch in self.milestones)
+        raise ValueError(f"schedule is {self.schedule!r}: expected 'cosine' or 'milestones'")
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    recipe: Recipe,
+    *,
+    run: runs.Run,
+    loss: Loss = losses.task,
+    on_step: Callable[[nn.Module, int], None] | None = None,
+) -> list[dict]:
+    """Train `model` in place on data.train; it ends with the weights that were best on data.val.
+
+    data: what lib.data.load returns. run: where metrics.jsonl and the resume state (last/) go; a run stopped before
+    goes on where it was, and a finished one returns at once. loss(model, images, targets) returns the loss with parts
+    to log. on_step(model, step) runs after every optimiser step.
+
+    Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
+    stop being finite (the last good state stays). Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
+    """
+    if not len(data.train.labels) or not len(data.val.labels):
+        found = f"{len(data.train.labels)} and {len(data.val.labels)}"
+        raise ValueError(f"dataset {data.name}: training needs train and val images, found {found}")
+    fitting = _Fitting(model, data, recipe, run, loss, on_step)
+    with fitting.bar, defer_signals() as signals:
+        while fitting.epoch < recipe.epochs and not _stale(fitting.history, recipe.patience):
+            began = time.monotonic()
+            for batch, (images, targets) in fitting.batches():
+                fitting.step(batch, images, targets)
+                signals.leave_after(fitting.save)
+                fitting.save_at_times()
+            fitting.end_epoch(began)
+            signals.leave_after(fitting.save)
+    fitting.accelerator.wait_for_everyone()
+    model.load_state_dict(fitting.states.best())
+    return fitting.history
+
+
+def _rank(row: dict) -> tuple[float, float]:
+    """Better is greater: accuracy first, and among equal ones the likelihood."""
+    return row["val_top1"], -row["val_nll_nats"]
+
+
+def _stale(history: list[dict], patience: int) -> bool:
+    if not patience or len(history) <= patience:
+        return False
+    return max(map(_rank, history[-patience:])) <= max(map(_rank, history[:-patience]))
+
+
+class _Rows(Dataset):
+    """Batches of a split by index array; indexing happens in the worker, so HDF5 is opened there."""
+
+    def __init__(self, split: Any):
+        self.split = split
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.split.images[rows]), torch.from_numpy(self.split.labels[rows])
+
+
+class _Fitting:
+    """One training under way: what is saved (epoch, batch, sums, history, model, optimiser, EMA, random state)."""
+
+    def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Run, loss: Loss, on_step: Any):
+        self.model, self.data, self.recipe, self.run, self.loss, self.on_step = model, data, recipe, run, loss, on_step
+        AcceleratorState._reset_state()  # an earlier fit of this process may have had another precision
+        self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if recipe.batch_size % world:
+            raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of {world} processes")
+        self.share = slice(rank, None, world)
+        self.size = min(recipe.batch_size, len(data.train.labels))
+        self.per_epoch = len(data.train.labels) // self.size
+        self.augment = Augment(recipe.augment)
+
+        torch.manual_seed(recipe.seed + rank)
+        model.to(self.accelerator.device)
+        optimizer = create_optimizer_v2(
+            model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.trained, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
+        self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
+        self._restore()
+        shown = self.accelerator.is_main_process
+        self.bar = tqdm(total=recipe.epochs * self.per_epoch, initial=self.epoch * self.per_epoch + self.batch,
+                        desc=run.notebook, unit="step", disable=not shown, mininterval=1 if interactive() else 30)  # fmt: skip
+
+    def batches(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """What is left of this epoch, in the order that (seed, epoch) draws; a last incomplete batch is left out."""
+        self.trained.train()
+        order = np.random.default_rng([self.recipe.seed, self.epoch]).permutation(len(self.data.train.labels))
+        rows = order[: self.per_epoch * self.size].reshape(self.per_epoch, self.size)[self.batch :, self.share]
+        loader = DataLoader(
+            _Rows(self.data.train),
+            sampler=rows,
+            batch_size=None,
+            num_workers=self.recipe.num_workers,
+            generator=torch.Generator(),  # else each start of an epoch would draw from the state that dropout uses
+        )
+        return enumerate(loader, start=self.batch)
+
+    def step(self, batch: int, images: Tensor, targets: Tensor) -> None:
+        """One optimiser step on uint8 images (B, H, W, 3) and labels (B,)."""
+        recipe, accelerator = self.recipe, self.accelerator
+        step = self.epoch * self.per_epoch + batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(step, self.per_epoch) * group.get("lr_scale", 1.0)
+        draw = step_generator(recipe.seed, self.epoch, batch * accelerator.num_processes + accelerator.process_index)
+        images, targets = self._prepare(images.to(accelerator.device), targets.to(accelerator.device), draw)
+        with accelerator.autocast():
+            value, parts = self.loss(self.trained, images, targets)
+        accelerator.backward(value)
+        norm = accelerator.clip_grad_norm_(self.trained.parameters(), recipe.clip_norm or math.inf)
+        if not (torch.isfinite(value) and torch.isfinite(norm)):
+            raise FloatingPointError(f"loss or gradient is not finite at step {step}: the last saved state stays good")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step)
+        if self.on_step:
+            self.on_step(self.model, step)
+        for name, part in {"loss": value.detach(), **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(part)
+        self.batch = batch + 1
+        self.bar.update()
+
+    def _prepare(self, images: Tensor, targets: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented, mixed and normalised images (B, 3, H, W), and labels or soft targets."""
+        recipe, classes = self.recipe, len(self.data.classes)
+        images = self.augment(images.permute(0, 3, 1, 2), draw)
+        if recipe.mixup or recipe.cutmix or recipe.label_smoothing:
+            images, targets = mix(images, targets, classes, recipe.mixup, recipe.cutmix, recipe.label_smoothing, draw)
+        return normalise(images, self.data.mean, self.data.std), targets
+
+    def end_epoch(self, began: float) -> None:
+        """Validate, keep the weights if they are the best so far, save and log."""
+        judged = self.ema.module if self.ema else self.model
+        shown = evaluate.predict(
+            judged, self.data.val, mean=self.data.mean, std=self.data.std, batch_size=4 * self.recipe.batch_size
+        )
+        scores = evaluate.classification(shown.logits, shown.labels)
+        self.epoch, self.batch = self.epoch + 1, 0
+        row = {"epoch": self.epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{name}": total / self.per_epoch for name, total in self.sums.items()}
+        row |= {"val_top1": scores["top1"], "val_nll_nats": scores["nll_nats"], "n_val": scores["n"]}
+        row |= {"seconds": round(time.monotonic() - began, 2)}
+        self.sums, self.history = {}, [*self.history, row]
+        if self.best is None or _rank(row) > _rank(self.history[self.best]):
+            self.best = len(self.history) - 1
+            if self.accelerator.is_main_process:
+                self.states.write_best(judged.state_dict())
+        self.save()
+        if self.accelerator.is_main_process:
+            self.run.log(self.history)
+        self.bar.set_postfix(val_top1=f"{row['val_top1']:.3f}", best=f"{self.history[self.best]['val_top1']:.3f}")
+
+    def save_at_times(self) -> None:
+        if time.monotonic() - self.saved_at > 60 * self.recipe.save_minutes:
+            self.save()
+
+    def save(self) -> None:
+        self.saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        progress = {name: getattr(self, name) for name in ("epoch", "batch", "sums", "history", "best")}
+        modules = {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema} if self.ema else {})
+        self.states.write(progress, {name: module.state_dict() for name, module in modules.items()})
+
+    def _restore(self) -> None:
+        if (state := self.states.newest(self.accelerator.device)) is None:
+            return
+        self.model.load_state_dict(state["modules"]["model"])
+        self.optimizer.load_state_dict(state["modules"]["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["modules"]["ema"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
