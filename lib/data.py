@@ -18,7 +18,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image
 
 from lib import digits, fetch, formats
 from lib.formats import DataError, H5Images, LazyImages, Source, Split
@@ -105,7 +104,7 @@ def load(
 
     def read() -> Source:
         source = _digits(seed) if path is None else formats.read(path, labels_csv)
-        if name == "fashion-mnist":
+        if name == "fashion-mnist":  # the files themselves name no classes
             source = replace(source, classes=formats.FASHION_CLASSES)
         return replace(source, parts=_divide(source, val_share, name))
 
@@ -157,6 +156,8 @@ def _digits(seed: int) -> Source:
 
 def _divide(source: Source, val_share: float, name: str) -> dict[str, Split]:
     parts = dict(source.parts)
+    if not any(map(len, parts.values())):
+        raise DataError(f"{name}: no images, expected at least one")
     if set(parts) == {"train"}:
         parts = {"all": parts["train"]}
     if "all" in parts:
@@ -239,7 +240,7 @@ def _complete(cache: Path, key: str) -> bool:
 def _build(cache: Path, key: str, name: str, source: Source, img_size: int | None) -> None:
     """Reads every image once: for the digest, mean and std, and for a copy unless the source will do as it is."""
     copied = not all(_in_place(split.images, img_size) for split in source.parts.values())
-    size = _size(name, source, img_size)
+    size = _size(source, img_size)
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     brightness = np.zeros((3, 256), np.int64)  # how many train pixels have which value, per channel
     bar = fetch.progress(sum(map(len, source.parts.values())), f"{name}: reading images once", unit="img")
@@ -266,9 +267,9 @@ def _write_rest(file: h5py.File, digest: hashlib._Hash, name: str, split: Split,
     file[f"{name}_labels"] = split.labels
     digest.update(split.labels.tobytes())
     if split.masks is not None:
-        masks = [formats.fit(mask, img_size, Image.Resampling.NEAREST) for mask in split.masks]
-        file[f"{name}_masks"] = np.array(masks, bool)
-        digest.update(np.array(masks, bool).tobytes())
+        masks = np.array([formats.fit(mask, img_size) for mask in split.masks], bool)
+        file[f"{name}_masks"] = masks
+        digest.update(masks.tobytes())
     if split.groups is not None:
         file.create_dataset(f"{name}_groups", data=split.groups.astype(object), dtype=h5py.string_dtype())
         digest.update("\n".join(split.groups).encode())
@@ -278,12 +279,11 @@ def _in_place(images: np.ndarray | LazyImages, img_size: int | None) -> bool:
     return isinstance(images, H5Images) and (img_size is None or images.size == (img_size, img_size))
 
 
-def _size(name: str, source: Source, img_size: int | None) -> tuple[int, int]:
-    """(height, width) that all images will have."""
-    images = next((split.images for split in source.parts.values() if len(split)), None)
-    if images is None:
-        raise DataError(f"{name}: no images, expected at least one")
-    return (img_size, img_size) if img_size else images[0].shape[:2]
+def _size(source: Source, img_size: int | None) -> tuple[int, int]:
+    """(height, width) that all images will have: `img_size`, or that of the first image."""
+    if img_size:
+        return img_size, img_size
+    return next(split.images[0].shape[:2] for split in source.parts.values() if len(split))
 
 
 def _batches(images: np.ndarray | LazyImages, img_size: int | None, size: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -116,7 +116,12 @@ def test(model: nn.Module, data: Any, *, batch_size: int = 256) -> tuple[dict[st
     """What every method reports of a model: `classification` on data.test, and `macs`; with the predictions."""
     found = predict(model, data.test, mean=data.mean, std=data.std, batch_size=batch_size)
     scores = classification(found.logits, found.labels, classes=data.classes)
-    return {**scores, **macs(model, (3, *data.test.images.shape[1:3]))}, found
+    return {**scores, **macs(model, image_shape(data))}, found
+
+
+def image_shape(data: Any) -> tuple[int, int, int]:
+    """(3, H, W) of a dataset's images as a model is fed them."""
+    return 3, *data.test.images.shape[1:3]
 
 
 def confusion(logits: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:

@@ -66,6 +66,9 @@ IMAGENETTE_CLASSES = {
 class DataError(ValueError):
     """One line: the file or parameter, what was found, what was expected."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # libraries quoted in it may use several
+
 
 @dataclass(repr=False, eq=False)
 class Split:
@@ -500,11 +503,14 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def fit(image: np.ndarray, size: int | None, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
-    """Resized so that the short side is `size`, then centre-cropped to a square; as it is when it has that size."""
+def fit(image: np.ndarray, size: int | None) -> np.ndarray:
+    """Resized so that the short side is `size`, then centre-cropped to a square; as it is when it has that size.
+
+    Bicubic; bool masks take the nearest pixel, which is all that Pillow does with them.
+    """
     if size is None or image.shape[:2] == (size, size):
         return image
-    return np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), method=resample))
+    return np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), method=Image.Resampling.BICUBIC))
 
 
 def check_labels(values: np.ndarray, where: str, count: int, classes: int | None = None) -> np.ndarray:

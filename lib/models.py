@@ -21,9 +21,9 @@ from lib import runs
 # Small ViTs that timm does not name. Everything not set here is as in timm's vit_tiny_patch16_224.
 PRESETS = {
     # The default of the embedded digits: 64 patches, 0.69 M parameters.
-    "vit_digits": dict(img_size=48, patch_size=6, embed_dim=96, depth=6, num_heads=3),
+    "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
     # For 32x32 images from scratch: 64 patches, 2,714,980 parameters with 100 classes.
-    "vit_cifar": dict(img_size=32, patch_size=4, embed_dim=192, depth=9, num_heads=3, mlp_ratio=2.0),
+    "vit_cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "mlp_ratio": 2.0},
 }
 FORMAT = 1
 
@@ -50,9 +50,7 @@ def create(
     elif not timm.is_model(arch):
         near = difflib.get_close_matches(arch, [*PRESETS, *timm.list_models("*vit*")], n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise ModelError(
-            f"arch {arch!r} is unknown: expected a timm ViT or one of {', '.join(PRESETS)}{hint}"
-        )
+        raise ModelError(f"arch {arch!r} is unknown: expected a timm ViT or one of {', '.join(PRESETS)}{hint}")
     patch, size = settings.get("patch_size"), settings.get("img_size")
     if isinstance(patch, int) and isinstance(size, int) and size % patch:
         raise ModelError(f"img_size {size} is not a multiple of patch_size {patch}")
@@ -76,17 +74,13 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     fresh = [k for k in state if k.startswith("head.") and k in own and own[k].shape != state[k].shape]
     faults = [f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in state.items()
               if k in own and k not in fresh and v.shape != own[k].shape]  # fmt: skip
-    faults += [f"{k} is missing" for k in own if k not in state] + [
-        f"{k} is unknown" for k in state if k not in own
-    ]
+    faults += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise ModelError(f"{path} does not fit arch {model.config['arch']!r}: {faults[0]}{more}")
     model.load_state_dict({k: v for k, v in state.items() if k not in fresh}, strict=not fresh)
     if fresh:
-        print(
-            f"{path.name}: head for {len(own[fresh[0]])} classes starts at random (the file's is for other classes)"
-        )
+        print(f"{path.name}: head for {len(own[fresh[0]])} classes starts at random (the file's is for other classes)")
 
 
 def _read_tensors(path: Path) -> dict:
@@ -99,9 +93,7 @@ def _read_tensors(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged or unsafe files
         reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{path} is not a readable state dict (truncated, or it holds code): {reason}"
-        ) from error
+        raise ModelError(f"{path} is not a readable state dict (truncated, or it holds code): {reason}") from error
 
 
 def describe(model: nn.Module) -> dict:
@@ -151,9 +143,7 @@ def save(model: nn.Module, path: str | Path, **metadata) -> Path:
     with torch.device("meta"):
         twin = build(config)
     if _outline(twin) != _outline(model):
-        raise ModelError(
-            f"{config} would not rebuild this {type(model).__name__}: make models by lib.models.create"
-        )
+        raise ModelError(f"{config} would not rebuild this {type(model).__name__}: make models by lib.models.create")
     header = json.dumps({"format": FORMAT, "model": config, "metadata": metadata}, indent=1)
     runs.write(path, lambda temporary: save_file(state, temporary, metadata={"lib": header}))
     runs.write(path.with_suffix(".json"), lambda temporary: temporary.write_text(header))
@@ -179,9 +169,7 @@ def header(path: str | Path) -> dict:
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
     if text is None:
-        raise ModelError(
-            f"{path} holds bare weights: give it to lib.models.create(arch, …, weights=path) instead"
-        )
+        raise ModelError(f"{path} holds bare weights: give it to lib.models.create(arch, …, weights=path) instead")
     content = json.loads(text)
     if content["format"] != FORMAT:
         raise ModelError(f"{path} has format {content['format']}: this version reads {FORMAT}")

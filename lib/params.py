@@ -55,9 +55,7 @@ class Parameter:
                 above = item >= float(low) if left == "[" else item > float(low)
                 below = item <= float(high) if right == "]" else item < float(high)
                 if not (above and below):
-                    raise ParameterError(
-                        f"{self.name} is {item}: expected a value {interval.group().strip()}"
-                    )
+                    raise ParameterError(f"{self.name} is {item}: expected a value {interval.group().strip()}")
             if choices:
                 names = [name.strip() for name in choices.group(1).split(",")]
                 if str(item) not in names:

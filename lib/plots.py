@@ -83,7 +83,8 @@ def overlay(image: np.ndarray, kept: Sequence[int], grid: tuple[int, int]) -> np
 
 def _upsampled(values: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Values on the patch grid, repeated to the image's pixels; pixels beyond the last whole patch repeat it."""
-    rows, columns = (np.minimum(np.arange(n) // (n // g), g - 1) for n, g in zip(image.shape, values.shape, strict=False))
+    sides = zip(image.shape[:2], values.shape, strict=True)
+    rows, columns = (np.minimum(np.arange(n) // (n // g), g - 1) for n, g in sides)
     return values[rows[:, None], columns]
 
 
@@ -189,7 +190,9 @@ def trade_off(table: pd.DataFrame, cost: str, label: str, value: str = "top1") -
         line = line.sort_values(cost)
         axis.plot(line[cost], line[value], color=palette[name], marker="o", label=name)
     front = means[means.pareto > 0.5]
-    axis.scatter(front[cost], front[value], marker="*", s=190, facecolor="none", edgecolor="k", label="Pareto", zorder=5)
+    axis.scatter(
+        front[cost], front[value], marker="*", s=190, facecolor="none", edgecolor="k", label="Pareto", zorder=5
+    )
     axis.set(xlabel=label, ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.legend()

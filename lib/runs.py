@@ -70,27 +70,17 @@ def write_json(path: Path, content: Any) -> None:
 def _refuse_nan(content: Any, where: str) -> None:
     if isinstance(content, float) and not math.isfinite(content):
         raise RunError(f"{where} is {content}: expected a finite number (None where a metric is undefined)")
-    items = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    )
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         _refuse_nan(value, f"{where}/{key}")
 
 
 def run_name(values: dict[str, Any], defaults: dict[str, Any]) -> str:
     """A readable name, unique for these parameters: what differs from the defaults, and a hash of everything."""
-    identity = {k: v for k, v in values.items() if k not in NOT_IDENTITY}
-    changed = [
-        str(Path(v).stem if isinstance(v, str) else f"{k}{v}")
-        for k, v in identity.items()
-        if v != defaults[k]
-    ]
+    kept = identity(values)
+    changed = [str(Path(v).stem if isinstance(v, str) else f"{k}{v}") for k, v in kept.items() if v != defaults[k]]
     slug = re.sub(r"[^\w.=-]+", "_", "-".join(changed) or "default").strip("._-")[:60]
-    return f"{slug}-{hashlib.sha1(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{slug}-{hashlib.sha1(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def folder(notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]) -> Path:
@@ -125,9 +115,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
         except PermissionError as error:
-            raise RunError(
-                f"{self.dir} cannot be written ({error.strerror}): choose another output_dir"
-            ) from error
+            raise RunError(f"{self.dir} cannot be written ({error.strerror}): choose another output_dir") from error
         for leftover in self.dir.rglob(".*.tmp*"):
             leftover.unlink()
         self._same_parameters()
@@ -150,9 +138,7 @@ class Run:
             lock.acquire(timeout=0)
         except Timeout:
             pid = owner.read_text() if owner.exists() else "unknown"
-            raise RunError(
-                f"{self._shown()} is being written by process {pid}: wait for it, or end it"
-            ) from None
+            raise RunError(f"{self._shown()} is being written by process {pid}: wait for it, or end it") from None
         owner.write_text(str(os.getpid()))
         _held[self.dir] = lock
 
@@ -160,12 +146,9 @@ class Run:
         path = self.dir / "params.json"
         if not path.exists():
             return
-        before = {k: v for k, v in json.loads(path.read_text()).items() if k not in NOT_IDENTITY}
-        now = {k: v for k, v in self.params.items() if k not in NOT_IDENTITY}
+        before, now = identity(json.loads(path.read_text())), identity(self.params)
         other = [
-            f"{k} was {before.get(k)!r}, is {now.get(k)!r}"
-            for k in {**before, **now}
-            if before.get(k) != now.get(k)
+            f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)
         ]
         if other:
             self.close()
@@ -181,9 +164,7 @@ class Run:
     def command(self) -> str:
         """The command that makes this run again."""
         changed = {k: v for k, v in self.params.items() if v != self.defaults[k]}
-        options = [
-            f"-{'r' if isinstance(v, str) else 'p'} {k} {shlex.quote(str(v))}" for k, v in changed.items()
-        ]
+        options = [f"-{'r' if isinstance(v, str) else 'p'} {k} {shlex.quote(str(v))}" for k, v in changed.items()]
         return " ".join([f"papermill notebooks/{self.notebook}.ipynb out.ipynb", *options])
 
     def log(self, rows: list[dict]) -> None:
@@ -215,9 +196,7 @@ class Run:
             self.dir / "provenance.json",
             {"command": self.command, "wall_s": seconds, **facts, **provenance()},
         )
-        write(
-            self.dir / "DONE", lambda temporary: temporary.write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
-        )
+        write(self.dir / "DONE", lambda temporary: temporary.write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n")))
         self.close()
         print(f"{self.notebook}: done, {self._shown()}", flush=True)
 
@@ -246,47 +225,30 @@ def provenance() -> dict[str, Any]:
         "git_dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
         "threads": torch.get_num_threads(),
     }
 
 
-def find(notebook: str, output_dir: str = "outputs", **wanted: Any) -> list[Path]:
-    """Finished runs of a notebook whose parameters have the wanted values, newest first."""
-    marks = (root() / output_dir / notebook).glob("*/DONE")
-    runs = [mark.parent for mark in sorted(marks, key=lambda mark: mark.stat().st_mtime, reverse=True)]
-    return [run for run in runs if wanted.items() <= json.loads((run / "params.json").read_text()).items()]
+def identity(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that decide what a run computes."""
+    return {name: value for name, value in values.items() if name not in NOT_IDENTITY}
 
 
 def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
-    """A finished run of a notebook with the wanted parameters: the newest there is, else made now, saying so."""
-    if there := find(notebook, output_dir, **wanted):
-        print(f"{notebook}: using {there[0]}", flush=True)
-        return there[0]
+    """The finished run of a notebook with the wanted parameters, the others at their defaults: found, else made now."""
     source = root() / "notebooks" / f"{notebook}.ipynb"
     declaration = parameters.declared_in(source)
     values = parameters.check(declaration, {**wanted, "output_dir": output_dir})
+    for mark in sorted((root() / output_dir / notebook).glob("*/DONE")):
+        if identity(json.loads((mark.parent / "params.json").read_text())) == identity(values):
+            print(f"{notebook}: using {mark.parent}", flush=True)
+            return mark.parent
     target = folder(notebook, declaration, values)
     target.mkdir(parents=True, exist_ok=True)
-    print(f"{notebook}: no finished run with {wanted}, making it first in {target}", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(source),
-        str(target / "notebook.ipynb"),
-        "-k",
-        "python3",
-    ]
-    command += [
-        "--no-progress-bar",
-        "--cwd",
-        str(root()),
-        "-y",
-        json.dumps({**wanted, "output_dir": output_dir}),
-    ]
+    print(f"{notebook}: no finished run with {wanted or 'the default parameters'}, making it: {target}", flush=True)
+    command = [sys.executable, "-m", "papermill", str(source), str(target / "notebook.ipynb"), "-k", "python3"]
+    command += ["--no-progress-bar", "--cwd", str(root()), "-y", json.dumps({**wanted, "output_dir": output_dir})]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode or not (target / "DONE").exists():
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]

@@ -47,6 +47,7 @@ class Recipe:
     augment: str | dict = "none"  # see lib.augment
     mixup: float = 0.0
     cutmix: float = 0.0
+    keep: str = "best"  # weights to end with: best on the validation images, or "last"
     patience: int = 0  # epochs without a better validation before stopping early; 0 is never
     seed: int = 0
     num_workers: int = 0
@@ -73,7 +74,7 @@ def fit(
     loss: Loss = losses.task,
     on_step: Callable[[nn.Module, int], None] | None = None,
 ) -> list[dict]:
-    """Train `model` in place on data.train; it ends with the weights that were best on data.val.
+    """Train `model` in place on data.train; it ends with the weights that were best on data.val (or recipe.keep).
 
     data: what lib.data.load returns. run: where metrics.jsonl and the resume state (last/) go; a run stopped before
     goes on where it was, and a finished one returns at once. loss(model, images, targets) returns the loss with parts
@@ -96,7 +97,7 @@ def fit(
             fitting.end_epoch(began)
             signals.leave_after(fitting.save)
     fitting.accelerator.wait_for_everyone()
-    model.load_state_dict(fitting.states.best())
+    model.load_state_dict(fitting.states.best() if recipe.keep == "best" else fitting.last())
     return fitting.history
 
 
@@ -146,9 +147,14 @@ class _Fitting:
         self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
         self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
         self._restore()
-        shown = self.accelerator.is_main_process
-        self.bar = tqdm(total=recipe.epochs * self.per_epoch, initial=self.epoch * self.per_epoch + self.batch,
-                        desc=run.notebook, unit="step", disable=not shown, mininterval=1 if interactive() else 30)  # fmt: skip
+        self.bar = tqdm(
+            total=recipe.epochs * self.per_epoch,
+            initial=self.epoch * self.per_epoch + self.batch,
+            desc=run.notebook,
+            unit="step",
+            mininterval=1 if interactive() else 30,  # thousands of lines in a log would fail a notebook run
+            disable=not self.accelerator.is_main_process,
+        )
 
     def batches(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """What is left of this epoch, in the order that (seed, epoch) draws; a last incomplete batch is left out."""
@@ -218,6 +224,9 @@ class _Fitting:
         if self.accelerator.is_main_process:
             self.run.log(self.history)
         self.bar.set_postfix(val_top1=f"{row['val_top1']:.3f}", best=f"{self.history[self.best]['val_top1']:.3f}")
+
+    def last(self) -> dict[str, Tensor]:
+        return (self.ema.module if self.ema else self.model).state_dict()
 
     def save_at_times(self) -> None:
         if time.monotonic() - self.saved_at > 60 * self.recipe.save_minutes:

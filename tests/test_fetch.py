@@ -51,7 +51,7 @@ def refused(archive, tmp_path, message):
     with pytest.raises(DataError, match=message) as caught:
         fetch.extract(archive, tmp_path / "out" / "data")
     assert "\n" not in str(caught.value) and str(archive) in str(caught.value)
-    assert files_below(tmp_path) == sorted([*before, "out"])  # nothing but the empty parent folder
+    assert files_below(tmp_path) == sorted({*before, "out"})  # nothing but the empty parent folder
 
 
 def test_download_checks_and_keeps(tmp_path):
@@ -112,7 +112,7 @@ def test_extract_renames_the_top_folder(tmp_path, kind):
 def test_climbing_names_are_refused(tmp_path, name):
     good = ("good.txt", tarfile.REGTYPE, b"x")
     refused(make_tar(tmp_path / "x.tar.gz", [good, (name, tarfile.REGTYPE, b"x")]), tmp_path, "relative path")
-    refused(make_zip(tmp_path / "x.zip", [("good.txt", b"x"), (name, b"x")]), tmp_path / ".", "relative path")
+    refused(make_zip(tmp_path / "x.zip", [("good.txt", b"x"), (name, b"x")]), tmp_path, "relative path")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])

@@ -13,12 +13,16 @@ def random_set(grid: tuple[int, int], keep_ratio: float, seed: int = 0) -> Tenso
     return order[: kept_count(keep_ratio, patches)].sort().values
 
 
-def centre_set(grid: tuple[int, int], keep_ratio: float) -> Tensor:
+def centre_set(grid: tuple[int, int], keep_ratio: float, seed: int = 0) -> Tensor:
     """The floor(keep_ratio · P) patches nearest to the middle of a (rows, columns) grid: (k,) indices, ascending.
 
-    Distance is Euclidean with both axes scaled to the image's extent; equal distances fall to the lower index.
+    Distance is Euclidean with both axes scaled to the image's extent; equal distances are ordered by seed.
     """
     rows, columns = (torch.linspace(-1, 1, 2 * n + 1, dtype=torch.float64)[1::2] for n in grid)
     distance = rows[:, None].square() + columns[None, :].square()
-    order = distance.flatten().argsort(stable=True)
+    shuffled = torch.randperm(distance.numel(), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[distance.flatten()[shuffled].argsort(stable=True)]
     return order[: kept_count(keep_ratio, grid[0] * grid[1])].sort().values
+
+
+SETS = {"random": random_set, "centre": centre_set}

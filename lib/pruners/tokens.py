@@ -135,9 +135,7 @@ class KeptPatchEmbed(nn.Module):
     def __init__(self, embed: nn.Module, kept: Tensor):
         super().__init__()
         if type(getattr(embed, "proj", None)) is not nn.Conv2d or not getattr(embed, "flatten", False):
-            raise blocks.UnsupportedBlock(
-                f"{blocks._name(embed)}: expected timm's PatchEmbed with one convolution"
-            )
+            raise blocks.UnsupportedBlock(f"{blocks._name(embed)}: expected timm's PatchEmbed with one convolution")
         self.proj, self.norm = embed.proj, embed.norm
         self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
         self.num_patches = len(kept)
@@ -146,9 +144,7 @@ class KeptPatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
         if tuple(self.img_size) != (H, W):
-            raise ValueError(
-                f"images are {H}x{W}: this model was frozen for {self.img_size[0]}x{self.img_size[1]}"
-            )
+            raise ValueError(f"images are {H}x{W}: this model was frozen for {self.img_size[0]}x{self.img_size[1]}")
         (gh, gw), (ph, pw) = self.grid_size, self.patch_size
         x = images[..., : gh * ph, : gw * pw].reshape(B, C, gh, ph, gw, pw)
         rows, columns = self.kept // gw, self.kept % gw
@@ -168,25 +164,13 @@ class FixedPatches(TokenPruner):
         super().__init__(vit)
         kept = torch.as_tensor(kept, dtype=torch.long, device="cpu").sort().values
         total = vit.patch_embed.num_patches
-        if (
-            kept.ndim != 1
-            or not len(kept)
-            or len(kept.unique()) != len(kept)
-            or kept[0] < 0
-            or kept[-1] >= total
-        ):
-            raise ValueError(
-                f"kept patches: expected distinct indices in 0..{total - 1}, got {kept.tolist()}"
-            )
+        if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept) or kept[0] < 0 or kept[-1] >= total:
+            raise ValueError(f"kept patches: expected distinct indices in 0..{total - 1}, got {kept.tolist()}")
         if vit.dynamic_img_size or vit.pos_embed is None:
-            raise blocks.UnsupportedBlock(
-                f"{blocks._name(vit)}: expected a fixed image size and position embedding"
-            )
+            raise blocks.UnsupportedBlock(f"{blocks._name(vit)}: expected a fixed image size and position embedding")
         embed = vit.patch_embed
         if isinstance(embed, KeptPatchEmbed):
-            raise blocks.UnsupportedBlock(
-                "this model embeds only some patches already: freeze the dense model"
-            )
+            raise blocks.UnsupportedBlock("this model embeds only some patches already: freeze the dense model")
         vit.patch_embed = KeptPatchEmbed(embed, kept.to(vit.pos_embed.device))
         first = vit.pos_embed.shape[1] - total  # rows of prefix tokens come first, where they have any
         rows = torch.cat([torch.arange(first, device="cpu"), kept + first])

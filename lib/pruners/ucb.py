@@ -104,9 +104,7 @@ class UCB(TokenPruner):
         with torch.no_grad():  # the mean over all queries needs the whole matrix, but no gradient
             A = blocks.probabilities(attn, query, key)  # (B, H, N, N)
             s = A.mean(dim=2)[..., prefix:] * patches  # (B, H, P)
-            u = bonus[: attn.num_heads, prefix:][:, ids].transpose(
-                0, 1
-            )  # (B, H, P), of the patches still here
+            u = bonus[: attn.num_heads, prefix:][:, ids].transpose(0, 1)  # (B, H, P), of the patches still here
             order = ucb_scores(s, u).argsort(dim=1, descending=True, stable=True)  # (B, P)
         chosen = order[:, :k].sort(dim=1).values  # (B, k), in grid order
         kept, counted = ids.gather(1, chosen), ids.gather(1, order[:, : self._counted(patches)])
@@ -115,15 +113,11 @@ class UCB(TokenPruner):
         # Softmax over the kept keys alone is the masked, renormalised attention: both modes compute the same rows.
         if self.mode == "gather":
             x, fed, ids, shown = gather(x, tokens), gather(fed, tokens), kept, None
-            query, key, value = (
-                gather(t.transpose(1, 2), tokens).transpose(1, 2) for t in (query, key, value)
-            )
+            query, key, value = (gather(t.transpose(1, 2), tokens).transpose(1, 2) for t in (query, key, value))
         else:
             shown = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, tokens, True)
             shown = shown[:, None, None, :]  # (B, 1, 1, N): a mask of key columns, every query still runs
-        x = blocks.add_attention(
-            block, x, blocks.project(attn, blocks.attend(attn, query, key, value, shown), fed)
-        )
+        x = blocks.add_attention(block, x, blocks.project(attn, blocks.attend(attn, query, key, value, shown), fed))
         return blocks.add_mlp(block, x), ids, kept, counted
 
     def forward(self, images: Tensor) -> Tensor:
@@ -156,15 +150,16 @@ class UCB(TokenPruner):
         """(P,): the counts, averaged over blocks and heads. What `freeze` ranks by."""
         return self.ucb_count_scores.mean(dim=(0, 1))[self.prefix :]
 
-    def freeze(self, frozen_keep_ratio: float) -> FixedPatches:
-        """Stage 2: a copy of the ViT that embeds and runs only the floor(frozen_keep_ratio · P) best patches.
+    def ranked(self, frozen_keep_ratio: float) -> Tensor:
+        """The floor(frozen_keep_ratio · P) best patches, ascending; equal scores fall to the lower index.
 
-        Equal scores fall to the lower index. Warns where the scores cannot rank (no training step has counted).
+        Warns where the scores cannot rank, because no training step has counted.
         """
         k, scores = kept_count(frozen_keep_ratio, self.patches), self.patch_scores()
         if k < self.patches and scores.min() == scores.max():
-            warnings.warn(
-                "all UCB counts are equal: train stage 1 before freezing, this set is arbitrary", stacklevel=2
-            )
-        kept = scores.argsort(descending=True, stable=True)[:k]
-        return FixedPatches(copy.deepcopy(self.vit), kept)
+            warnings.warn("all UCB counts are equal: train stage 1 first, this set is arbitrary", stacklevel=2)
+        return scores.argsort(descending=True, stable=True)[:k].sort().values
+
+    def freeze(self, frozen_keep_ratio: float) -> FixedPatches:
+        """Stage 2: a copy of the ViT that embeds and runs only the `ranked` patches; this model stays as it is."""
+        return FixedPatches(copy.deepcopy(self.vit), self.ranked(frozen_keep_ratio))
