@@ -111,7 +111,7 @@ class UCB(TokenPruner):
         tokens = with_prefix(chosen, prefix)
 
         # Softmax over the kept keys alone is the masked, renormalised attention: both modes compute the same rows.
-        if self.mode == "gather":
+        if self.mode == "gather" or block is self.vit.blocks[-1]:  # after the last block nothing can return
             x, fed, ids, shown = gather(x, tokens), gather(fed, tokens), kept, None
             query, key, value = (gather(t.transpose(1, 2), tokens).transpose(1, 2) for t in (query, key, value))
         else:
