@@ -345,7 +345,9 @@ def mean_ci(values: Sequence[float]) -> tuple[float, float | None]:
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
-def foreground(kept: Tensor | Sequence[Tensor], masks: Tensor, grid: tuple[int, int]) -> dict[str, float | None]:
+def foreground(
+    kept: Tensor | Sequence[Tensor], masks: Tensor | np.ndarray, grid: tuple[int, int]
+) -> dict[str, float | None]:
     """How well kept patches find the foreground: means over images of precision and recall.
 
     `kept`: patch indices (K,) for all images, (B, K), or a list of B index tensors of any lengths; `masks`
@@ -355,7 +357,7 @@ def foreground(kept: Tensor | Sequence[Tensor], masks: Tensor, grid: tuple[int, 
     `recall`: share of the foreground patches kept, over images that have any; `recall_random`: the share of
     patches those images keep. None where no image counts. ValueError: an index outside the grid.
     """
-    patches = grid[0] * grid[1]
+    patches, masks = grid[0] * grid[1], torch.as_tensor(masks)
     is_foreground = F.adaptive_max_pool2d((masks != 0).float()[:, None], grid).flatten(1)  # (B, P)
     is_kept = torch.zeros_like(is_foreground)
     for row, indices in zip(is_kept, _index_rows(kept, len(masks)), strict=True):

@@ -4,6 +4,7 @@ A saved model is one .safetensors file whose header carries the configuration, s
 be mixed up, with a readable copy of it in the .json beside. Nothing is ever unpickled.
 """
 
+import contextlib
 import difflib
 import importlib
 import json
@@ -51,13 +52,14 @@ def create(
         near = difflib.get_close_matches(arch, [*PRESETS, *timm.list_models("*vit*")], n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ModelError(f"arch {arch!r} is unknown: expected a timm ViT or one of {', '.join(PRESETS)}{hint}")
-    patch, size = settings.get("patch_size"), settings.get("img_size")
-    if isinstance(patch, int) and isinstance(size, int) and size % patch:
-        raise ModelError(f"img_size {size} is not a multiple of patch_size {patch}")
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(f"arch {arch!r} cannot be made with {settings}: {error}") from error
+    if isinstance(model, VisionTransformer) and {"img_size", "patch_size"} & settings.keys():
+        size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+        if size and any(side % width for side, width in zip(size, patch, strict=True)):
+            raise ModelError(f"img_size {size[0]} is not a multiple of patch_size {patch[0]}")
     model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": timm_kwargs}
     if weights not in (None, "", "pretrained"):
         _load_weights(model, Path(weights))
@@ -67,7 +69,10 @@ def create(
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Fill a dense model from a state dict, the head excepted where the number of classes differs."""
     state = _read_tensors(path)
-    state = state.get("state_dict", state.get("model", state))
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path} is not a state dict: expected tensors by name")
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(dict(state), model)
     own = model.state_dict()
@@ -104,7 +109,7 @@ def describe(model: nn.Module) -> dict:
         return {"pruner": name, "arguments": model.arguments, "model": describe(model.vit)}
     if hasattr(model, "config"):
         return model.config
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer) or not hasattr(model, "pretrained_cfg"):  # timm.create_model sets it
         raise ModelError(f"cannot describe a {type(model).__name__}: make models by lib.models.create")
     embed, first = model.patch_embed, model.blocks[0]
     return {
@@ -128,16 +133,21 @@ def build(config: dict) -> nn.Module:
     if "pruner" not in config:
         return create(config["arch"], config["num_classes"], config["img_size"], **config["timm"])
     module, _, name = config["pruner"].partition(".")
-    if not (module.isidentifier() and name.isidentifier()):
-        raise ModelError(f"pruner {config['pruner']!r}: expected module.Class below lib.pruners")
-    # By name, so that this module knows no method: whatever lib/pruners/ holds can be loaded.
-    wrapper = getattr(importlib.import_module(f"lib.pruners.{module}"), name)
+    wrapper = None
+    if module.isidentifier() and name.isidentifier():
+        # By name, so that this module knows no method: whatever lib/pruners/ holds can be loaded.
+        with contextlib.suppress(ModuleNotFoundError):
+            wrapper = getattr(importlib.import_module(f"lib.pruners.{module}"), name, None)
+    if not (isinstance(wrapper, type) and issubclass(wrapper, nn.Module)):
+        raise ModelError(f"pruner {config['pruner']!r} is unknown: expected module.Class below lib.pruners")
     return wrapper(build(config["model"]), **config["arguments"])
 
 
 def save(model: nn.Module, path: str | Path, **metadata) -> Path:
     """Write path (.safetensors) and its .json, each whole or not at all; metadata: JSON values to keep with it."""
-    path = Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")  # not with_suffix: it would cut "keep0.3" to "keep0"
     config = describe(model)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
@@ -181,5 +191,9 @@ def load(path: str | Path) -> nn.Module:
     content = header(path)
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     model = build(content["model"])
-    model.load_state_dict(_read_tensors(path), assign=True)  # assign keeps the dtype that was saved
+    try:
+        model.load_state_dict(_read_tensors(path), assign=True)  # assign keeps the dtype that was saved
+    except RuntimeError as error:
+        fault = str(error).splitlines()[-1].strip()
+        raise ModelError(f"{path} does not fit its own configuration {content['model']}: {fault}") from error
     return model.eval()

@@ -69,7 +69,7 @@ def _convert(value: Any, kind: type) -> Any:
     if kind is not str and isinstance(value, str):
         try:
             value = ast.literal_eval(value.title() if value.lower() in ("true", "false") else value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             return None
     if kind is list and isinstance(value, tuple):
         return list(value)
@@ -96,7 +96,11 @@ def declared(source: str) -> dict[str, Parameter]:
         if kind not in TYPES:
             raise ParameterError(f"{name} is declared as {kind}: expected one of {', '.join(TYPES)}")
         text = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("#").strip()
-        found[name] = Parameter(name, TYPES[kind], ast.literal_eval(node.value), text)
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise ParameterError(f"{name} is {ast.unparse(node.value)}: expected a plain value") from None
+        found[name] = Parameter(name, TYPES[kind], default, text)
     return found
 
 

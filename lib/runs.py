@@ -92,7 +92,8 @@ def folder(notebook: str, declaration: dict[str, parameters.Parameter], values: 
 
 
 def start(notebook: str, namespace: dict[str, Any]) -> "Run":
-    """Begin the run of a notebook, called with its globals(): checks its parameters, writes back the read values.
+    """Begin the run of a notebook, called with its globals(): checks its parameters, writes back the read values,
+    and seeds torch by the parameter `seed`, so that weights which start at random repeat.
 
     Raises ParameterError (a line per fault) before anything is written, RunError where another process writes the
     same run or run_name stands for other parameters.
@@ -100,6 +101,10 @@ def start(notebook: str, namespace: dict[str, Any]) -> "Run":
     declaration, values = parameters.from_namespace(namespace)
     values = parameters.check(declaration, values)
     namespace.update(values)
+    if "seed" in values:
+        import torch
+
+        torch.manual_seed(values["seed"])
     return Run(notebook, declaration, values)
 
 
@@ -114,7 +119,7 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
-        except PermissionError as error:
+        except OSError as error:
             raise RunError(f"{self.dir} cannot be written ({error.strerror}): choose another output_dir") from error
         for leftover in self.dir.rglob(".*.tmp*"):
             leftover.unlink()
@@ -144,8 +149,8 @@ class Run:
 
     def _same_parameters(self) -> None:
         path = self.dir / "params.json"
-        if not path.exists():
-            return
+        if not path.exists() or not (self.done or any(self.dir.glob("last/*.pt"))):
+            return  # nothing there that could be mixed up or lost
         before, now = identity(json.loads(path.read_text())), identity(self.params)
         other = [
             f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -53,6 +52,12 @@ class Recipe:
     num_workers: int = 0
     save_minutes: float = 5.0  # how often to save within long epochs
 
+    def __post_init__(self):
+        expected = {"schedule": ("cosine", "milestones"), "precision": ("fp32", "bf16"), "keep": ("best", "last")}
+        for name, choices in expected.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+
     def rate(self, step: int, per_epoch: int) -> float:
         """The learning rate at optimiser step `step`, with `per_epoch` steps in an epoch."""
         warmup, total = round(self.warmup_epochs * per_epoch), self.epochs * per_epoch
@@ -60,9 +65,7 @@ class Recipe:
             return self.learning_rate * (step + 1) / warmup
         if self.schedule == "cosine":
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-        if self.schedule == "milestones":
-            return self.learning_rate * self.decay ** sum(step >= epoch * per_epoch for epoch in self.milestones)
-        raise ValueError(f"schedule is {self.schedule!r}: expected 'cosine' or 'milestones'")
+        return self.learning_rate * self.decay ** sum(step >= epoch * per_epoch for epoch in self.milestones)
 
 
 def fit(
@@ -97,7 +100,7 @@ def fit(
             fitting.end_epoch(began)
             signals.leave_after(fitting.save)
     fitting.accelerator.wait_for_everyone()
-    model.load_state_dict(fitting.states.best() if recipe.keep == "best" else fitting.last())
+    model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
     return fitting.history
 
 
@@ -127,8 +130,8 @@ class _Fitting:
 
     def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Run, loss: Loss, on_step: Any):
         self.model, self.data, self.recipe, self.run, self.loss, self.on_step = model, data, recipe, run, loss, on_step
-        AcceleratorState._reset_state()  # an earlier fit of this process may have had another precision
-        self.accelerator = Accelerator(mixed_precision="no" if recipe.precision == "fp32" else recipe.precision)
+        # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
+        self.accelerator = Accelerator(mixed_precision="no")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if recipe.batch_size % world:
             raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of {world} processes")
@@ -142,7 +145,9 @@ class _Fitting:
         optimizer = create_optimizer_v2(
             model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.ema = None
+        if recipe.ema_decay:  # buffers are copied: UCB's counts are sums, their average means nothing
+            self.ema = ModelEmaV3(model, decay=recipe.ema_decay, exclude_buffers=True)
         self.trained, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
         self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
@@ -178,7 +183,7 @@ class _Fitting:
             group["lr"] = recipe.rate(step, self.per_epoch) * group.get("lr_scale", 1.0)
         draw = step_generator(recipe.seed, self.epoch, batch * accelerator.num_processes + accelerator.process_index)
         images, targets = self._prepare(images.to(accelerator.device), targets.to(accelerator.device), draw)
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             value, parts = self.loss(self.trained, images, targets)
         accelerator.backward(value)
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), recipe.clip_norm or math.inf)
@@ -190,8 +195,8 @@ class _Fitting:
             self.ema.update(self.model, step)
         if self.on_step:
             self.on_step(self.model, step)
-        for name, part in {"loss": value.detach(), **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(part)
+        for name, part in {"loss": value, **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + part.item()
         self.batch = batch + 1
         self.bar.update()
 
@@ -220,9 +225,9 @@ class _Fitting:
             self.best = len(self.history) - 1
             if self.accelerator.is_main_process:
                 self.states.write_best(judged.state_dict())
-        self.save()
         if self.accelerator.is_main_process:
-            self.run.log(self.history)
+            self.run.log(self.history)  # before the state: killed between the two, no finished run lacks its last row
+        self.save()
         self.bar.set_postfix(val_top1=f"{row['val_top1']:.3f}", best=f"{self.history[self.best]['val_top1']:.3f}")
 
     def last(self) -> dict[str, Tensor]:

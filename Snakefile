@@ -1,0 +1,85 @@
+# A sweep as a graph of notebook runs: outputs/<notebook>/<run>/DONE is the target of each.
+#
+#   snakemake --cores 2 --configfile sweeps/demo.yaml
+#
+# A sweep file lists stages. Every list among a stage's parameters is varied, every combination is a run. `needs` says
+# which parameter takes the run of an earlier stage: the one that agrees in all parameters both stages vary.
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from lib import params
+
+OUTPUT = config.get("output_dir", "outputs")
+THREADS = config.get("threads", 1)
+
+
+def expand_stages(stages):
+    """{"notebook/run": {"parameters": …, "varied": …, "upstream": [runs]}}, parameters checked before anything starts."""
+    found = {}
+    for stage in stages:
+        notebook, given = stage["notebook"], stage.get("parameters", {})
+        lists = {name: values for name, values in given.items() if isinstance(values, list)}
+        for combination in itertools.product(*lists.values()):
+            varied = dict(zip(lists, combination))
+            values = {**given, **varied}
+            shown = [str(v) if isinstance(v, str) else f"{k}{v}" for k, v in varied.items()]
+            name = "-".join([stage.get("name", config["name"]), *shown])
+            upstream = []
+            for parameter, needed in stage.get("needs", {}).items():
+                agreeing = [
+                    run
+                    for run, other in found.items()
+                    if run.split("/")[0] == needed and all(varied.get(k, v) == v for k, v in other["varied"].items())
+                ]
+                upstream += agreeing
+                if parameter != "runs":
+                    values[parameter] = f"{OUTPUT}/{agreeing[0]}"
+            values |= {"run_name": name, "output_dir": OUTPUT}
+            try:
+                params.check(params.declared_in(Path(f"notebooks/{notebook}.ipynb")), values)
+            except params.ParameterError as error:
+                sys.exit(f"{notebook} in this sweep: {error}")
+            found[f"{notebook}/{name}"] = {"parameters": values, "varied": varied, "upstream": upstream}
+    return found
+
+
+RUNS = expand_stages(config["stages"])
+
+
+rule all:
+    input:
+        f"{OUTPUT}/report/index.html",
+
+
+rule notebook:
+    input:
+        source="notebooks/{notebook}.ipynb",
+        lib=sorted(str(file) for file in Path("lib").rglob("*.py")),
+        upstream=lambda wildcards: [f"{OUTPUT}/{run}/DONE" for run in RUNS[f"{wildcards.notebook}/{wildcards.run}"]["upstream"]],
+    output:
+        f"{OUTPUT}/{{notebook}}/{{run}}/DONE",
+        f"{OUTPUT}/{{notebook}}/{{run}}/metrics.json",
+    log:
+        f"{OUTPUT}/{{notebook}}/{{run}}/notebook.ipynb",
+    threads: THREADS
+    params:
+        values=lambda wildcards: json.dumps(RUNS[f"{wildcards.notebook}/{wildcards.run}"]["parameters"]),
+    message:
+        "{wildcards.notebook}/{wildcards.run}"
+    shell:
+        "OMP_NUM_THREADS={threads} papermill {input.source} {log} -k python3 --no-progress-bar -y {params.values:q}"
+        " > {log}.txt 2>&1 || (tail -n 3 {log}.txt; exit 1)"
+
+
+rule report:
+    input:
+        [f"{OUTPUT}/{run}/DONE" for run in RUNS],
+        "report/build.py",
+    output:
+        f"{OUTPUT}/report/index.html",
+    message:
+        "report"
+    shell:
+        "python report/build.py {OUTPUT}"
