@@ -46,6 +46,7 @@ def expand_stages(stages):
 
 
 RUNS = expand_stages(config["stages"])
+print(f"{config['name']}: {len(RUNS)} runs below {OUTPUT}/, then {OUTPUT}/report/index.html", file=sys.stderr)
 
 
 rule all:
@@ -66,11 +67,18 @@ rule notebook:
     threads: THREADS
     params:
         values=lambda wildcards: json.dumps(RUNS[f"{wildcards.notebook}/{wildcards.run}"]["parameters"]),
-    message:
-        "{wildcards.notebook}/{wildcards.run}"
+    # A run that was finished once is here because the notebook or lib changed: it trains anew. One that was stopped
+    # has no provenance yet and goes on from its last state.
     shell:
-        "OMP_NUM_THREADS={threads} papermill {input.source} {log} -k python3 --no-progress-bar -y {params.values:q}"
-        " > {log}.txt 2>&1 || (tail -n 3 {log}.txt; exit 1)"
+        """
+        run=$(dirname {log}); began=$SECONDS
+        if [ -e $run/provenance.json ]; then rm -rf $run/last $run/provenance.json; fi
+        echo "$(date +%T) start {wildcards.notebook}/{wildcards.run}"
+        OMP_NUM_THREADS={threads} papermill {input.source} {log} -k python3 --no-progress-bar -y {params.values:q} \
+            > $run/log.txt 2>&1 || {{ echo "failed: {wildcards.notebook}/{wildcards.run}, see $run/log.txt"; \
+            tail -n 2 $run/log.txt; exit 1; }}
+        echo "$(date +%T) done  {wildcards.notebook}/{wildcards.run} ($((SECONDS - began)) s)"
+        """
 
 
 rule report:
@@ -79,7 +87,5 @@ rule report:
         "report/build.py",
     output:
         f"{OUTPUT}/report/index.html",
-    message:
-        "report"
     shell:
         "python report/build.py {OUTPUT}"

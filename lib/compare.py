@@ -137,7 +137,9 @@ def kept(models: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict
     """Per token pruner that drops anything, the patches each image (n, H, W, 3) is left with after the last block."""
     x = normalise(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 255, data.mean, data.std)
     pruners = {name: model for name, model in models.items() if isinstance(model, TokenPruner)}
-    return {name: list(model.trace(x).kept[-1]) for name, model in pruners.items()}
+    last = {name: list(model.trace(x).kept[-1]) for name, model in pruners.items()}
+    patches = np.prod(patch_grid(models))
+    return {name: sets for name, sets in last.items() if any(len(ids) < patches for ids in sets)}
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

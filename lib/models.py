@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import pickle
 from pathlib import Path
 
 import timm
@@ -23,7 +24,8 @@ from lib import runs
 PRESETS = {
     # The default of the embedded digits: 64 patches, 0.69 M parameters.
     "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
-    # For 32x32 images from scratch: 64 patches, 2,714,980 parameters with 100 classes.
+    # For 32x32 images from scratch: 64 patches; 0.68 M parameters, and 2,714,980 with 100 classes.
+    "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
     "vit_cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "mlp_ratio": 2.0},
 }
 FORMAT = 1
@@ -47,6 +49,8 @@ def create(
         overrides["img_size"] = img_size
     name, settings = arch, overrides
     if arch in PRESETS:
+        if weights == "pretrained":
+            raise ModelError(f"arch {arch!r} has no pretrained weights: expected a timm ViT, or weights from a file")
         name, settings = "vit_tiny_patch16_224", PRESETS[arch] | overrides
     elif not timm.is_model(arch):
         near = difflib.get_close_matches(arch, [*PRESETS, *timm.list_models("*vit*")], n=1)
@@ -56,6 +60,9 @@ def create(
         model = timm.create_model(name, pretrained=weights == "pretrained", **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(f"arch {arch!r} cannot be made with {settings}: {error}") from error
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"pretrained weights of {arch!r} cannot be fetched: {reason}") from error
     if isinstance(model, VisionTransformer) and {"img_size", "patch_size"} & settings.keys():
         size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
         if size and any(side % width for side, width in zip(size, patch, strict=True)):
@@ -97,7 +104,9 @@ def _read_tensors(path: Path) -> dict:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged or unsafe files
-        reason = str(error).splitlines()[0]
+        # torch's own words for what is no plain state dict advise to unpickle it
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "expected tensors by name" if unsafe else (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} is not a readable state dict (truncated, or it holds code): {reason}") from error
 
 

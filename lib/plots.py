@@ -138,14 +138,14 @@ def nested_sets(scores: np.ndarray, grid: tuple[int, int], image: np.ndarray, ra
     return figure
 
 
-def count_histogram(counts: np.ndarray, uniform: float) -> Figure:
-    """How unequally patches were selected: counts (L, P), one curve per block against the count at random."""
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    table = pd.DataFrame(np.asarray(counts).T).melt(var_name="block", value_name="count")
-    sns.histplot(table, x="count", hue="block", element="step", fill=False, bins=24, palette=HEAT, ax=axis)
-    axis.axvline(uniform, color="k", linestyle="--", linewidth=1)
-    axis.annotate(" same for all", (uniform, axis.get_ylim()[1]), va="top", fontsize=9)
-    axis.set(xlabel="selections N of a patch (share of images, summed over steps)", ylabel="patches")
+def count_histogram(counts: np.ndarray) -> Figure:
+    """How unequally patches were selected: counts (P,), against the count that all would have at random."""
+    counts = np.asarray(counts)
+    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    sns.histplot(x=counts, bins=24, ax=axis)
+    axis.axvline(counts.mean(), color="k", linestyle="--", linewidth=1)
+    axis.annotate(" if all were equal", (counts.mean(), axis.get_ylim()[1]), va="top", fontsize=10)
+    axis.set(xlabel="selections of a patch (share of the images, summed over steps)", ylabel="patches")
     sns.despine(figure)
     return figure
 

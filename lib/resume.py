@@ -40,8 +40,7 @@ class States:
             try:
                 state = torch.load(file, map_location=device, weights_only=True)
             except Exception as error:  # torch raises a dozen types for a damaged file; the one before is whole
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                print(f"{file} cannot be read ({reason}): going back to the state before it", flush=True)
+                print(f"{file} cannot be read ({type(error).__name__}): going back to the state before it", flush=True)
                 continue
             torch.set_rng_state(state["random"]["cpu"].cpu())
             if torch.cuda.is_available() and state["random"]["cuda"]:

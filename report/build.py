@@ -1,2 +1,115 @@
-import sys, pathlib
-p=pathlib.Path(sys.argv[1])/"report"; p.mkdir(exist_ok=True); (p/"index.html").write_text("x")
+"""Render every executed notebook of an output folder to HTML, with an index page: python report/build.py outputs
+
+The index shows the newest comparison (what was dropped, what it cost, what it bought) and every run with its
+pictures, its numbers and the command that makes it again. It opens from disk: nothing is loaded from elsewhere but
+MathJax, for the equations of the notebooks.
+"""
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+import jinja2
+import nbformat
+from nbconvert import HTMLExporter
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+FIRST = ("kept", "counts", "training")  # the figure that stands for a run: the first of these it has
+COLUMNS = {
+    "arm": ("method, share kept", "{}"),
+    "seeds": ("seeds", "{}"),
+    "top1": ("test accuracy", "{:.1%}"),
+    "±": ("± 95 % CI", "{:.1%}"),
+    "difference": ("to dense", "{:+.1%}"),
+    "p": ("p (McNemar)", "{:.2g}"),
+    "macs_g": ("GMACs", "{:.3f}"),
+    "latency_ms": ("ms per batch", "{:.1f}"),
+    "speedup": ("speed", "{:.2f}×"),
+    "foreground_recall": ("foreground kept", "{:.0%}"),
+}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def embedded(picture: Path, width: int) -> str:
+    """A picture as a data URI, at most `width` pixels wide."""
+    with Image.open(picture) as image:
+        image.thumbnail((width, 10 * width))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render(notebook: Path, page: Path) -> None:
+    """One executed notebook as an HTML page with its pictures inside."""
+    exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mermaid_js_url="")
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:  # progress bars and warnings are for whoever watches the run
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.output_type != "error"]
+    title = f"{notebook.parent.parent.name}/{notebook.parent.name}"
+    page.write_text(exporter.from_notebook_node(content, {"metadata": {"name": title}})[0])
+
+
+def run_card(run: Path, pages: Path) -> dict:
+    """What the index says of a run."""
+    page = pages / f"{run.parent.name}-{run.name}.html"
+    if (run / "notebook.ipynb").exists():
+        render(run / "notebook.ipynb", page)
+    pictures = {picture.stem: picture for picture in sorted((run / "figures").glob("*.png"))}
+    shown = next((pictures[name] for name in FIRST if name in pictures), next(iter(pictures.values()), None))
+    return {
+        "name": run.name,
+        "notebook": run.parent.name,
+        "page": page.name if page.exists() else None,
+        "picture": shown and embedded(shown, 480),
+        "metrics": read(run / "metrics.json"),
+        **{key: read(run / "provenance.json").get(key) for key in ("command", "wall_s", "device", "git_commit")},
+    }
+
+
+def build(outputs: Path) -> Path:
+    """Write outputs/report/ and return its index page."""
+    pages = outputs / "report"
+    pages.mkdir(parents=True, exist_ok=True)
+    finished = sorted(mark.parent for mark in outputs.glob("*/*/DONE"))
+    unfinished = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in outputs.glob("*/*/params.json")
+                        if not (p.parent / "DONE").exists())  # fmt: skip
+    comparisons = [run for run in finished if run.parent.name == "compare"]
+    newest = max(comparisons, key=lambda run: (run / "DONE").stat().st_mtime, default=None)
+    comparison = read(newest / "metrics.json") if newest else {}
+    figures = [
+        {"title": title, "picture": embedded(newest / "figures" / f"{name}.png", 1400)}
+        for name, title in {
+            "kept": "What each method lets the model see",
+            "accuracy_macs": "Accuracy against multiply-adds",
+            "accuracy_latency": "Accuracy against measured time",
+        }.items()
+        if newest and (newest / "figures" / f"{name}.png").exists()
+    ]
+    page = pages / "index.html"
+    template = jinja2.Environment(autoescape=True).from_string((HERE / "index.html.j2").read_text())
+    page.write_text(
+        template.render(
+            cards=[run_card(run, pages) for run in finished],
+            unfinished=unfinished,
+            figures=figures,
+            rows=comparison.get("summary", []),
+            columns=COLUMNS,
+            advice=comparison.get("advice", []),
+            provenance=read(newest / "provenance.json") if newest else {},
+        )
+    )
+    return page
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python report/build.py FOLDER, a folder of runs such as outputs")
+    print(f"report: {build(Path(sys.argv[1])).resolve()}")

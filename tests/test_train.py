@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from conftest import DROPOUT, TINY
 
 from lib import evaluate, losses, models
@@ -24,7 +25,11 @@ RECIPE = Recipe(epochs=3, batch_size=7, learning_rate=1e-2, keep="last")  # thre
 
 @pytest.fixture
 def on_cpu(monkeypatch):
+    """Where training repeats bit for bit; accelerate decides once per process."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -173,7 +178,9 @@ def test_it_ends_with_the_weights_it_was_asked_to_keep(make_run, tiny, vit, scri
 
 def test_it_stops_after_epochs_without_a_better_validation(make_run, tiny, vit, scripted):
     scripted(*[(top1, 1.0) for top1 in (0.5, 0.4, 0.9, 0.9, 0.8, 0.95, 0.97)])
-    history = fit(vit, tiny, replace(RECIPE, epochs=7, patience=2), run=make_run())
+    recipe = replace(RECIPE, epochs=7, patience=2)
+    history = fit(vit, tiny, recipe, run=make_run())
+    assert fit(vit, tiny, recipe, run=make_run(), on_step=lambda *_: pytest.fail("went on")) == history
     assert [row["val_top1"] for row in history] == [0.5, 0.4, 0.9, 0.9, 0.8]
 
 
@@ -185,13 +192,15 @@ def test_without_patience_it_never_stops_early(make_run, tiny, vit, scripted):
 def test_averaged_weights_follow_their_recurrence(make_run, tiny, vit):
     seen = []
     recipe = replace(RECIPE, ema_decay=0.8)
-    fit(vit, tiny, recipe, run=make_run(), on_step=lambda model, _: seen.append(weights(model)))
+    history = fit(vit, tiny, recipe, run=make_run(), on_step=lambda model, _: seen.append(weights(model)))
     average = seen[1]  # timm's average follows the weights themselves for the first two steps
     for now in seen[2:]:
         average = {name: 0.8 * average[name] + 0.2 * now[name] for name in now}
     ended = vit.state_dict()
     assert all(torch.allclose(ended[name], average[name], atol=1e-6) for name in ended)
     assert not torch.allclose(ended["head.weight"], seen[-1]["head.weight"], atol=1e-6)
+    shown = evaluate.predict(vit, tiny.val, mean=tiny.mean, std=tiny.std)  # the average is what was validated
+    assert history[-1]["val_nll_nats"] == pytest.approx(float(F.cross_entropy(*shown)))
 
 
 def test_counts_are_not_averaged(make_run, tiny, vit):
@@ -245,7 +254,7 @@ def test_clipping_bounds_the_step_and_zero_is_no_clipping(make_run, tiny, vit):
         task = lambda *args: (scale * losses.task(*args)[0], {})  # noqa: E731
         fit(model, tiny, recipe, run=make_run(run_name=f"{clip_norm}-{scale}"), loss=task)
         change = [(a - b).flatten() for a, b in zip(model.parameters(), vit.parameters(), strict=True)]
-        return float(torch.cat(change).norm())
+        return torch.cat(change).norm().item()
 
     assert moved(1e-3, 1) == pytest.approx(0.1 * 1e-3 * 1.9, rel=1e-2)  # Nesterov's first step is 1 + momentum
     assert moved(1e-3, 50) == pytest.approx(0.1 * 1e-3 * 1.9, rel=1e-2)

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine (Python 3.10+, make): `make demo` and `make test`. Each sets up what it needs, once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+SWEEP  ?= sweeps/demo.yaml
+
+.PHONY: demo test lint bench report sweep clean
+.DEFAULT_GOAL := demo
+
+# pip leaves alone what is there; the stamp keeps a second call from asking it at all.
+$(VENV)/ready: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+demo: SWEEP = sweeps/demo.yaml
+demo: sweep
+
+sweep: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --keep-going --quiet all --configfile $(SWEEP)
+
+test: $(VENV)/ready lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/speed.py
+
+report: $(VENV)/ready
+	$(BIN)/python report/build.py outputs
+
+clean:
+	rm -rf outputs .snakemake
