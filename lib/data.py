@@ -20,7 +20,8 @@ import h5py
 import numpy as np
 
 from lib import digits, fetch, formats
-from lib.formats import DataError, H5Images, LazyImages, Source, Split
+from lib.formats import Source
+from lib.images import DataError, H5Images, LazyImages, Split, fit
 
 __all__ = ["DataError", "Dataset", "H5Images", "NAMES", "Split", "load"]
 
@@ -267,7 +268,7 @@ def _write_rest(file: h5py.File, digest: hashlib._Hash, name: str, split: Split,
     file[f"{name}_labels"] = split.labels
     digest.update(split.labels.tobytes())
     if split.masks is not None:
-        masks = np.array([formats.fit(mask, img_size) for mask in split.masks], bool)
+        masks = np.array([fit(mask, img_size) for mask in split.masks], bool)
         file[f"{name}_masks"] = masks
         digest.update(masks.tobytes())
     if split.groups is not None:
@@ -292,7 +293,7 @@ def _batches(images: np.ndarray | LazyImages, img_size: int | None, size: tuple[
         rows = range(start, min(start + CHUNK, len(images)))
         batch = images[start : rows.stop] if hasattr(images, "shape") else [images[row] for row in rows]
         if not hasattr(batch, "shape") or batch.shape[1:3] != size:
-            batch = [formats.fit(image, img_size) for image in batch]
+            batch = [fit(image, img_size) for image in batch]
             for row, image in zip(rows, batch, strict=True):
                 if image.shape[:2] != size:
                     found, first = (f"{width} × {height} px" for height, width in (image.shape[:2], size))

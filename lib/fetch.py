@@ -27,7 +27,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from lib.formats import DataError
+from lib.images import DataError
 
 BLOCK = 1 << 20
 EXPANSION = 100  # an honest image archive unpacks to far less than this many times its size …

@@ -6,36 +6,24 @@ What is wrong with a file becomes a DataError of one line: the file, what was fo
 
 from __future__ import annotations
 
-import copy
 import gzip
-import io
 import math
 import os
 import tarfile
-import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image, ImageOps
+
+from lib.images import DataError, H5Encoded, H5Images, ImageFiles, LazyImages, Split, describe, need, open_h5
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-PILLOW_FORMATS = (
-    "JPEG",
-    "PNG",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "WEBP",
-    "PPM",
-)  # no format that starts a program, as EPS does
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 ID_COLUMNS = ("id", "slide", "slide_id", "slide_name", "case_id", "file", "filename", "name")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "y")
-OPEN_FILES = 32  # HDF5 files that one H5Images keeps open
 
 FASHION_CLASSES = [
     "T-shirt/top",
@@ -63,35 +51,6 @@ IMAGENETTE_CLASSES = {
 }
 
 
-class DataError(ValueError):
-    """One line: the file or parameter, what was found, what was expected."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # libraries quoted in it may use several
-
-
-@dataclass(repr=False, eq=False)
-class Split:
-    """Images uint8 (N,H,W,3), labels int64 (N,), optional foreground masks bool (N,H,W), slide ids str (N,)."""
-
-    images: np.ndarray | LazyImages
-    labels: np.ndarray
-    masks: np.ndarray | None = None
-    groups: np.ndarray | None = None
-
-    def __repr__(self) -> str:
-        return f"Split of {len(self):,} images"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: np.ndarray) -> Split:
-        """The split of these rows only; lazy images stay lazy."""
-        images = self.images.view(rows) if isinstance(self.images, LazyImages) else self.images[rows]
-        chosen = [None if values is None else values[rows] for values in (self.masks, self.groups)]
-        return Split(images, self.labels[rows], *chosen)
-
-
 @dataclass
 class Source:
     """What a reader found: splits under "train", "val", "test", or one under "all" when the format names none."""
@@ -99,132 +58,6 @@ class Source:
     parts: dict[str, Split]
     classes: list[str]
     class_ids: list[str]  # as in the files: folder names, WordNet ids; otherwise the classes again
-
-
-class LazyImages:
-    """Rows of images that are read when indexed by one number; `view` selects rows without reading."""
-
-    def __init__(self, count: int) -> None:
-        self.rows = np.arange(count)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def view(self, rows: np.ndarray) -> LazyImages:
-        other = copy.copy(self)
-        other.rows = self.rows[rows]
-        return other
-
-
-class ImageFiles(LazyImages):
-    """Image files; each index gives uint8 (H,W,3), of that file's own size."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        super().__init__(len(paths))
-        self.paths = paths
-
-    def where(self, index: int) -> str:
-        return self.paths[self.rows[index]]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return decode(self.where(index), self.where(index))
-
-
-class H5Encoded(LazyImages):
-    """Encoded images (JPEG bytes and the like) in a variable-length uint8 dataset; each index gives (H,W,3)."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        with _h5(path) as file:
-            if h5py.check_vlen_dtype(file[key].dtype) != np.uint8 or file[key].ndim != 1:
-                raise DataError(f"{path}: {key!r} is {_found(file[key])}, expected (n,) of variable-length uint8")
-            super().__init__(len(file[key]))
-        self.path, self.key = path, key
-
-    def where(self, index: int) -> str:
-        return f"{self.path}[{self.key!r}][{self.rows[index]}]"
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        with _h5(self.path) as file:
-            data = file[self.key][self.rows[index]].tobytes()
-        return decode(io.BytesIO(data), self.where(index))
-
-
-class H5Images(LazyImages):
-    """uint8 RGB images (N,H,W,3) on disk: dataset `key` of one or more HDF5 files, end to end.
-
-    Index it with an int, a slice, or an integer or bool array in any order, with repetitions. It pickles, and opens
-    its files anew in every process (HDF5 handles do not survive a fork), so DataLoader workers may share it.
-    """
-
-    ndim, dtype = 4, np.dtype(np.uint8)
-
-    def __init__(self, paths: Sequence[Path], key: str) -> None:
-        lengths, shapes = [], {}
-        for path in paths:
-            with _h5(path) as file:
-                found = _need(file, key, path)
-                size = found.shape[1:3]
-                if found.dtype != np.uint8 or not (found.ndim == 3 or found.ndim == 4 and found.shape[3] in (1, 3)):
-                    raise DataError(f"{path}: {key!r} is {_found(found)}, expected (n, height, width, 3) uint8")
-                if shapes and size not in shapes:
-                    raise DataError(f"{path}: images of {size}, expected {next(iter(shapes))} as in {paths[0]}")
-                shapes[size] = True
-                lengths.append(len(found))
-        super().__init__(sum(lengths))
-        self.paths, self.key = list(paths), key
-        self.ends, self.size = np.cumsum(lengths), size
-        self._open, self._pid = {}, os.getpid()
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self), *self.size, 3
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape))
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        rows = np.atleast_1d(self.rows[index])
-        wanted, back = np.unique(rows, return_inverse=True)  # h5py wants rising, unique rows
-        out = np.empty((len(wanted), *self.shape[1:]), np.uint8)
-        owner = np.searchsorted(self.ends, wanted, side="right")
-        for file in np.unique(owner):
-            mine = owner == file
-            out[mine] = self._read(file, wanted[mine] - (self.ends[file - 1] if file else 0))
-        if not np.array_equal(wanted, rows):
-            out = out[back]
-        return out[0] if np.ndim(self.rows[index]) == 0 else out
-
-    def _read(self, number: int, rows: np.ndarray) -> np.ndarray:
-        first, last = rows[0], rows[-1] + 1
-        try:
-            stored = self._file(number)[self.key]
-            if last - first == len(rows):
-                block = stored[first:last]
-            elif last - first <= 4 * len(rows):  # one long read is faster than many short ones
-                block = stored[first:last][rows - first]
-            else:
-                block = stored[rows]
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{self.paths[number]}: {self.key!r} cannot be read ({error}), expected a whole file"
-            ) from None
-        return block if block.ndim == 4 else block[..., None]  # assignment repeats a grey channel
-
-    def _file(self, number: int) -> h5py.File:
-        if self._pid != os.getpid():
-            self._open, self._pid = {}, os.getpid()
-        if number not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[number] = _h5(self.paths[number])
-        return self._open[number]
 
 
 def read(path: Path, labels_csv: Path | None = None) -> Source:
@@ -258,7 +91,7 @@ def hdf5(path: Path) -> Source:
 
     Attribute `classes` or `class_names` names the classes (otherwise "0", "1", …), `wnids` their WordNet ids.
     """
-    with _h5(path) as file:
+    with open_h5(path) as file:
         names = {name: f"{name}_" for name in FOLDERS if f"{name}_images" in file or f"{name}_jpeg" in file}
         if not names and not {"images", "jpeg"} & set(file):
             raise DataError(f"{path}: keys {sorted(file)}, expected images or jpeg with labels, or train_images, …")
@@ -269,7 +102,7 @@ def hdf5(path: Path) -> Source:
         for name, prefix in (names or {"all": ""}).items():
             coded = f"{prefix}images" not in file
             images = H5Encoded(path, f"{prefix}jpeg") if coded else H5Images([path], f"{prefix}images")
-            labels = _need(file, f"{prefix}labels", path)[()]
+            labels = need(file, f"{prefix}labels", path)[()]
             labels = check_labels(labels, f"{path}: {prefix}labels", len(images), len(classes) if classes else None)
             parts[name] = Split(images, labels, _masks(file, f"{prefix}masks", images, path))
     if classes is None:
@@ -281,7 +114,7 @@ def _masks(file: h5py.File, key: str, images: LazyImages, path: Path) -> np.ndar
     if key not in file:
         return None
     if not isinstance(images, H5Images) or file[key].shape != images.shape[:3]:
-        raise DataError(f"{path}: {key!r} is {_found(file[key])}, expected (n, height, width) as the images")
+        raise DataError(f"{path}: {key!r} is {describe(file[key])}, expected (n, height, width) as the images")
     return file[key][()].astype(bool)
 
 
@@ -474,45 +307,6 @@ def _names(ids: list[str], path: Path) -> list[str]:
 # ---- single values --------------------------------------------------------------------------------------------------
 
 
-def decode(data: str | io.BytesIO, where: str) -> np.ndarray:
-    """An image file as uint8 RGB (H,W,3): upright by its EXIF tag, 16 bits scaled to 8, transparency laid on white."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(data, formats=PILLOW_FORMATS) as image:
-                return _rgb(ImageOps.exif_transpose(image), where)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{where}: a decompression bomb, expected at most {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:  # what Pillow's decoders raise
-        size = data.getbuffer().nbytes if isinstance(data, io.BytesIO) else os.path.getsize(data)
-        raise DataError(f"{where}: {size:,} bytes that do not decode ({error}), expected a whole image") from None
-
-
-def _rgb(image: Image.Image, where: str) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits; convert("RGB") would clip them
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(f"{where}: grey values {values.min()} to {values.max()}, expected 16 bits at most")
-        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise DataError(f"{where}: floating-point pixels, expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
-
-
-def fit(image: np.ndarray, size: int | None) -> np.ndarray:
-    """Resized so that the short side is `size`, then centre-cropped to a square; as it is when it has that size.
-
-    Bicubic; bool masks take the nearest pixel, which is all that Pillow does with them.
-    """
-    if size is None or image.shape[:2] == (size, size):
-        return image
-    return np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), method=Image.Resampling.BICUBIC))
-
-
 def check_labels(values: np.ndarray, where: str, count: int, classes: int | None = None) -> np.ndarray:
     """`values` as int64 (count,), each a whole number from 0 to below `classes`; DataError otherwise."""
     values = np.asarray(values)
@@ -526,23 +320,6 @@ def check_labels(values: np.ndarray, where: str, count: int, classes: int | None
         upper = "…" if classes is None else classes - 1
         raise DataError(f"{where}: labels {values.min()} to {values.max()}, expected 0 to {upper}")
     return values.astype(np.int64)
-
-
-def _h5(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: not readable as HDF5 ({error}), expected a whole file") from None
-
-
-def _need(file: h5py.File, key: str, path: Path) -> h5py.Dataset:
-    if not isinstance(file.get(key), h5py.Dataset):
-        raise DataError(f"{path}: keys {sorted(file)}, expected {key!r}")
-    return file[key]
-
-
-def _found(dataset: h5py.Dataset) -> str:
-    return f"{dataset.shape} {dataset.dtype}"
 
 
 def _strings(values: Iterable) -> list[str]:

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import data, digits, fetch, formats
+from lib import data, digits, fetch
+from lib import images as image_files
 from lib.data import DataError, H5Images, load
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -393,7 +394,7 @@ def test_lazy_images_pickle_and_open_in_every_process(tmp_path):
 
 
 def test_more_slides_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "OPEN_FILES", 2)
+    monkeypatch.setattr(image_files, "OPEN_FILES", 2)
     lazy, dense = many_slides(tmp_path)
     assert np.array_equal(lazy[::-1], dense[::-1]) and len(lazy._open) <= 2
 
@@ -579,7 +580,7 @@ def test_parameters_are_checked(tmp_path, options):
 
 
 def decoded(path):
-    return formats.decode(str(path), str(path))
+    return image_files.decode(str(path), str(path))
 
 
 def test_every_pillow_mode_becomes_rgb(tmp_path):
@@ -618,10 +619,10 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_fit_is_short_side_then_centre_crop():
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, 10:20] = 200
-    assert formats.fit(image, 10).tolist() == image[:, 10:20].tolist()  # nothing to resize: an exact crop
+    assert image_files.fit(image, 10).tolist() == image[:, 10:20].tolist()  # nothing to resize: an exact crop
     square = pictures(1)[0]
-    assert formats.fit(square, 8) is square and formats.fit(image, None) is image
-    assert formats.fit(image, 5).shape == (5, 5, 3)
+    assert image_files.fit(square, 8) is square and image_files.fit(image, None) is image
+    assert image_files.fit(image, 5).shape == (5, 5, 3)
 
 
 IMAGE_FAULTS = {
@@ -664,7 +665,7 @@ def cached(tmp_path):
 def test_a_cache_is_used_until_the_source_changes(cached, monkeypatch):
     folder, root, dataset, cache = cached
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(image_files, "decode", lambda *_: pytest.fail("decoded again"))
         assert load(folder, root=root).digest == dataset.digest
     save(folder / "cat" / "0.png", pictures(1)[0])
     os.utime(folder / "cat" / "0.png", (time.time() + 9, time.time() + 9))
@@ -693,14 +694,14 @@ def test_a_broken_cache_is_rebuilt(cached, damage):
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     folder, calls = tree(tmp_path / "tree"), []
 
-    def interrupted(path, where, decode=formats.decode):
+    def interrupted(path, where, decode=image_files.decode):
         calls.append(where)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return decode(path, where)
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "decode", interrupted)
+        patch.setattr(image_files, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(folder, root=tmp_path / "root")
     assert not list((tmp_path / "root" / "cache").iterdir())

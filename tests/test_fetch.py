@@ -13,7 +13,7 @@ import pytest
 
 from lib import fetch
 from lib.fetch import Remote
-from lib.formats import DataError
+from lib.images import DataError
 
 
 def remote(path):

@@ -155,10 +155,21 @@ def test_one_process_may_start_its_run_twice(make_run, capsys):
 
 
 def test_a_name_that_stands_for_other_parameters_is_refused(make_run):
-    make_run(seed=1).close()
+    make_run(seed=3).close()  # has made nothing yet: nothing can be mixed up
+    make_run(seed=1).finish({})
     with pytest.raises(RunError, match=r"other parameters \(seed was 1, is 2\): choose another run_name"):
         make_run(seed=2)
-    assert make_run(seed=1).params["seed"] == 1  # the refusal gave up the lock and changed nothing
+    again = make_run(seed=1)  # the refusal changed nothing
+    assert again.done and json.loads((again.dir / "params.json").read_text())["seed"] == 1
+
+
+def test_a_state_to_resume_is_not_taken_for_that_of_other_parameters(make_run):
+    run = make_run(seed=1)
+    runs.write(run.dir / "last" / "state-00000001.pt", lambda temporary: temporary.write_text("state"))
+    run.close()
+    with pytest.raises(RunError, match="seed was 1, is 2"):
+        make_run(seed=2)
+    assert run.dir not in runs._held
 
 
 def test_temporaries_of_a_killed_process_are_swept(make_run):

@@ -144,6 +144,12 @@ def test_training_images_are_augmented_and_validation_images_never(make_run, tin
         assert kept == all((expected["train"] == image).all(dim=(1, 2, 3)).any() for image in shown)
 
 
+def test_every_step_draws_its_own_augmentation(make_run, tiny, vit):
+    data, spy = replace(tiny, train=tiny.train.take(np.zeros(6, int))), Spy()  # one image, six times
+    fit(vit, data, replace(RECIPE, epochs=2, batch_size=2, augment="strong"), run=make_run(), loss=spy)
+    assert len({image.sum().item() for image in torch.cat(spy.images)}) == 12
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Validations that answer (top1, nll) in turn."""

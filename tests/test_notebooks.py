@@ -1,0 +1,181 @@
+"""Every notebook, run by papermill with tiny parameters, top to bottom, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from lib import models, params
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TINY = {"batch_size": 16, "augment": "none"}
+
+
+def papermill(notebook: str, folder: Path, cwd: Path = ROOT, **values) -> tuple[Path, subprocess.CompletedProcess]:
+    """Run a notebook with these parameters as run `t` below folder: its run folder and the process's result."""
+    values = {"output_dir": str(folder), "run_name": "t", **values}
+    declared = params.declared_in(ROOT / "notebooks" / f"{notebook}.ipynb")
+    assert values.keys() <= declared.keys(), "a parameter that the notebook does not declare"
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb"),
+               str(folder / f"{notebook}.ipynb"), "-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return folder / notebook / values["run_name"], result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder) -> str:
+    """120 images of 48x48 in the one-file format, with masks; the class can be read off their brightness."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 4
+    images = rng.integers(0, 40, (120, 48, 48, 3)) + 60 * labels[:, None, None, None]
+    masks = np.zeros((120, 48, 48), dtype=bool)
+    masks[:, 12:24, 12:30] = True
+    path = folder / "tiny.h5"
+    with h5py.File(path, "w") as file:
+        file["images"], file["labels"], file["masks"] = images.astype(np.uint8), labels, masks
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dense(folder, dataset) -> Path:
+    run, result = papermill("dense", folder, dataset=dataset, weights="", epochs=2, **TINY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage1(folder, dense) -> Path:
+    run, result = papermill("ucb_stage1", folder, ckpt=str(dense), keep_ratio=0.9, **TINY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage2(folder, stage1) -> Path:
+    # from inside notebooks/, as a person in Jupyter would
+    run, result = papermill(
+        "ucb_stage2", folder, ROOT / "notebooks", stage1_checkpoint_path=str(stage1), frozen_keep_ratio=0.25, **TINY
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
+def check_run(run: Path, *figures: str) -> dict:
+    """The artefacts that every run has; returns its metrics."""
+    for name in ("DONE", "params.json", "provenance.json", "metrics.jsonl", "test.npz", "model.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert {picture.stem for picture in (run / "figures").glob("*.png")} >= {*figures}
+    assert not list(run.rglob("*.tmp*"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n"] == 24 and metrics["dataset"] == "tiny.h5" and 0 <= metrics["top1"] <= 1
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["command"].startswith("papermill notebooks/") and provenance["dataset_digest"]
+    with np.load(run / "test.npz") as arrays:
+        assert (arrays["logits"].argmax(1) == arrays["labels"]).mean() == metrics["top1"]
+    return metrics
+
+
+def test_dense(dense):
+    metrics = check_run(dense, "training", "confusion")
+    assert metrics["method"] == "dense" and metrics["keep_ratio"] == 1
+    lines = [json.loads(line) for line in (dense / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert models.load(dense).num_classes == 4
+
+
+def test_ucb_stage1(stage1):
+    metrics = check_run(stage1, "counts", "counts_per_block", "kept_by_ratio", "count_histogram", "foreground")
+    assert metrics["method"] == "ucb_stage1"
+    model = models.load(stage1)
+    gains = (model.ucb_count_scores - 1).sum(dim=-1)
+    steps = 86 // 16
+    torch.testing.assert_close(gains, torch.full_like(gains, 32.0 * steps))  # explore_ratio 0.5 of 64 patches
+
+
+def test_ucb_stage2(stage1, stage2):
+    metrics = check_run(stage2, "kept", "training", "confusion")
+    assert metrics["method"] == "ucb" and metrics["keep_ratio"] == 0.25 and metrics["speedup"] > 0
+    assert metrics["macs_g"] < 0.3 * metrics["dense_macs_g"]
+    assert metrics["foreground_precision_random"] == pytest.approx(6 / 64)
+    frozen = models.load(stage2)
+    assert torch.equal(frozen.kept, models.load(stage1).ranked(0.25)) and len(frozen.kept) == 16
+
+
+@pytest.mark.parametrize("selection", ["random", "centre"])
+def test_other_sets(folder, stage1, selection):
+    run, result = papermill(
+        "ucb_stage2", folder, selection=selection, stage1_checkpoint_path=str(stage1), run_name=selection, **TINY
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check_run(run, "kept")["method"] == selection
+
+
+def test_compare(folder, dense, stage1, stage2):
+    unfinished = folder / "ucb_stage2" / "half"
+    unfinished.mkdir(parents=True)
+    (unfinished / "params.json").write_text("{}")
+    run, result = papermill("compare", folder, runs=f"{folder}/*/*", repeats=3)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((run / "metrics.json").read_text())
+    arms = {row["arm"]: row for row in metrics["summary"]}
+    assert {"dense 1", "ucb 0.25", "ucb_stage1 0.9"} <= {*arms}
+    assert arms["dense 1"]["speedup"] == 1 and arms["dense 1"]["difference"] == 0
+    assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
+        "kept",
+        "accuracy_macs",
+        "accuracy_latency",
+    }
+    assert (run / "runs.csv").exists() and (run / "runs.parquet").exists() and (run / "summary.csv").exists()
+    printed = "".join(output.get("text", "") for cell in nbformat.read(folder / "compare.ipynb", 4).cells
+                      for output in cell.get("outputs", []))  # fmt: skip
+    assert "ucb_stage2/half: not finished" in printed
+
+
+def test_stage2_makes_what_it_needs(folder, dataset, dense, tmp_path):
+    """Without a stage-1 checkpoint the notebook makes one, saying so, and takes it the next time."""
+    script = f"""
+from lib import runs
+first = runs.ensure("ucb_stage1", {str(folder)!r}, ckpt={str(dense)!r}, batch_size=16, augment="none")
+again = runs.ensure("ucb_stage1", {str(folder)!r}, ckpt={str(dense)!r}, batch_size=16, augment="none")
+assert first == again and (first / "DONE").exists() and (first / "notebook.ipynb").exists()
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "no finished run with" in result.stdout and "ucb_stage1: using" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("notebook", "values", "message"),
+    [("dense", {"epochs": 0}, "epochs is 0: expected a value in [1, 100000]"),
+     ("dense", {"arch": "vit_digit"}, "did you mean vit_digits?"),
+     ("dense", {"dataset": "digit"}, "digits"),
+     ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
+     ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
+     ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
+     ("compare", {"runs": "nowhere/*"}, "no finished run in")],
+)  # fmt: skip
+def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):
+    run, result = papermill(notebook, tmp_path, **values)
+    assert result.returncode != 0
+    assert message in result.stderr.strip().splitlines()[-1] or message in result.stderr
+    assert not (run / "DONE").exists() and not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_has_a_test_above(path):
+    assert f"def test_{path.stem}(" in Path(__file__).read_text()
