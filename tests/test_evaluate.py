@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import evaluate
+from lib import costs
 from lib.evaluate import (
     classification,
     closed_form_macs,
@@ -365,14 +365,14 @@ def test_latency_takes_turns_and_pairs_within_a_round(monkeypatch):
     """The ratios of the rounds are 3, 1, 2 while the machine slows down: the ratio of the medians would be 1."""
     models = {"slow": nn.Identity(), "fast": nn.Identity()}
     times = {models["slow"]: [99, 99, 3, 10, 200], models["fast"]: [1, 1, 1, 10, 100]}
-    monkeypatch.setattr(evaluate, "_time_ms", lambda model, images: times[model].pop(0))
+    monkeypatch.setattr(costs, "_time_ms", lambda model, images: times[model].pop(0))
     table = latency(models, torch.zeros(1, 1), repeats=3, warmup=2).set_index("model")
     assert table.loc["fast", "speedup"] == 2 and table.loc["fast", "speedup_iqr"] == 1
     assert table.loc["slow", "speedup"] == 1  # the first model is the baseline
     assert table["latency_ms"].tolist() == [10, 10]
 
     calls = []
-    monkeypatch.setattr(evaluate, "_time_ms", lambda model, images: calls.append(model) or 1.0)
+    monkeypatch.setattr(costs, "_time_ms", lambda model, images: calls.append(model) or 1.0)
     latency(models, torch.zeros(1, 1), repeats=20, warmup=0)
     rounds = {tuple(calls[i : i + 2]) for i in range(0, 40, 2)}
     assert rounds == {(models["slow"], models["fast"]), (models["fast"], models["slow"])}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,14 @@ def papermill(notebook: str, folder: Path, cwd: Path = ROOT, **values) -> tuple[
     values = {"output_dir": str(folder), "run_name": "t", **values}
     declared = params.declared_in(ROOT / "notebooks" / f"{notebook}.ipynb")
     assert values.keys() <= declared.keys(), "a parameter that the notebook does not declare"
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb"),
-               str(folder / f"{notebook}.ipynb"), "-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]  # fmt: skip
-    result = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return folder / notebook / values["run_name"], result
+    run = folder / notebook / values["run_name"]
+    run.mkdir(parents=True, exist_ok=True)
+    files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(run / "notebook.ipynb")]
+    options = ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
+    command = [sys.executable, "-m", "papermill", *files, *options]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=threads)
+    return run, result
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +144,25 @@ def test_compare(folder, dense, stage1, stage2):
         "accuracy_latency",
     }
     assert (run / "runs.csv").exists() and (run / "runs.parquet").exists() and (run / "summary.csv").exists()
-    printed = "".join(output.get("text", "") for cell in nbformat.read(folder / "compare.ipynb", 4).cells
+    printed = "".join(output.get("text", "") for cell in nbformat.read(run / "notebook.ipynb", 4).cells
                       for output in cell.get("outputs", []))  # fmt: skip
     assert "ucb_stage2/half: not finished" in printed
+
+
+def test_report(folder, stage2):
+    """The index stands alone: pictures inside, links only to pages that are there, nothing left out unsaid."""
+    result = subprocess.run([sys.executable, ROOT / "report" / "build.py", folder], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    page = folder / "report" / "index.html"
+    assert result.stdout.strip() == f"report: {page.resolve()}"
+    text = page.read_text()
+    links = re.findall(r'href="([^"]+)"', text)
+    assert "ucb_stage2-t.html" in links and all((page.parent / link).exists() for link in links)
+    pictures = re.findall(r'src="([^"]+)"', text)
+    assert len(pictures) >= 3 and all(picture.startswith("data:image/") for picture in pictures)
+    assert "papermill notebooks/ucb_stage2.ipynb" in text
+    executed = (page.parent / "ucb_stage2-t.html").read_text()
+    assert "UCB stage 2" in executed and "data:image/png" in executed
 
 
 def test_stage2_makes_what_it_needs(folder, dataset, dense, tmp_path):

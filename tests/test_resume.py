@@ -193,6 +193,7 @@ def test_killed_at_any_moment_it_ends_the_same(process, whole, tmp_path, kind, m
     arm, steps, changes = MOMENTS[moment]
     assert process(kind, tmp_path, arm, **changes) == -signal.SIGKILL
     assert process(kind, tmp_path, **changes) == 0
+    assert "cannot be read" not in (tmp_path / "stdout.txt").read_text()  # no state was half there under its name
     check_same(tmp_path, whole(kind), steps)
 
 

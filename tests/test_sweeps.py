@@ -1,0 +1,52 @@
+"""Sweep files: every one expands to runs whose parameters their notebooks accept, before anything starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib import params
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEPS = [path for path in sorted((ROOT / "sweeps").glob("*.yaml")) if "stages" in yaml.safe_load(path.read_text())]
+PARAMETER_FILES = sorted({*(ROOT / "sweeps").glob("*.yaml")} - {*SWEEPS})
+
+
+def dry_run(sweep: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--configfile", str(sweep)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_sweep_expands(sweep):
+    result = dry_run(sweep)
+    assert result.returncode == 0, result.stderr[-2000:]
+    stages = yaml.safe_load(sweep.read_text())["stages"]
+    runs = 0
+    for stage in stages:
+        lists = [values for values in stage.get("parameters", {}).values() if isinstance(values, list)]
+        count = 1
+        for values in lists:
+            count *= len(values)
+        runs += count
+    assert f": {runs} runs below" in result.stderr
+
+
+@pytest.mark.parametrize("file", PARAMETER_FILES, ids=lambda path: path.stem)
+def test_parameter_file_fits_dense(file):
+    params.check(params.declared_in(ROOT / "notebooks" / "dense.ipynb"), yaml.safe_load(file.read_text()))
+
+
+def test_typing_errors_are_found_before_anything_starts(tmp_path):
+    sweep = tmp_path / "bad.yaml"
+    sweep.write_text(
+        f"name: bad\noutput_dir: {tmp_path}/out\nstages:\n  - notebook: ucb_stage2\n"
+        "    parameters: {frozen_keep_ration: 0.3, selection: randm}\n"
+    )
+    result = dry_run(sweep)
+    assert result.returncode != 0 and not (tmp_path / "out").exists()
+    assert "frozen_keep_ration is not a parameter of this notebook: did you mean frozen_keep_ratio?" in result.stderr
+    assert "did you mean random?" in result.stderr
