@@ -54,6 +54,7 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         writer(temporary)
+        temporary.chmod(0o644)  # safetensors would leave it to its owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -99,6 +100,10 @@ def start(notebook: str, namespace: dict[str, Any]) -> "Run":
     same run or run_name stands for other parameters.
     """
     declaration, values = parameters.from_namespace(namespace)
+    source = root() / "notebooks" / f"{notebook}.ipynb"
+    for name, parameter in (parameters.declared_in(source) if source.is_file() else {}).items():
+        if name in declaration:  # a cell edited by hand changes values, not what the shipped notebook would do
+            declaration[name].default = parameter.default
     values = parameters.check(declaration, values)
     namespace.update(values)
     if "seed" in values:
@@ -112,7 +117,7 @@ class Run:
     """One run's folder, locked while open. `dir` is its path, `params` its checked parameters."""
 
     def __init__(self, notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]):
-        self.notebook, self.params, self.facts = notebook, values, {}
+        self.notebook, self.params = notebook, values
         self.defaults = {name: parameter.default for name, parameter in declaration.items()}
         self.dir = folder(notebook, declaration, values)
         self.began = time.time()

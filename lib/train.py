@@ -7,7 +7,7 @@ and started again ends in bit-identical weights on CPU.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,11 @@ class Recipe:
         for name, choices in expected.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+
+    @classmethod
+    def of(cls, params: dict[str, Any], **others: Any) -> "Recipe":
+        """The recipe that a notebook's parameters spell out under these names, with `others` on top."""
+        return cls(**{field.name: params[field.name] for field in fields(cls) if field.name in params} | others)
 
     def rate(self, step: int, per_epoch: int) -> float:
         """The learning rate at optimiser step `step`, with `per_epoch` steps in an epoch."""

@@ -122,6 +122,12 @@ def test_gradients_reach_the_kept_position_embeddings_and_equal_the_dense_ones()
         torch.testing.assert_close(mine.grad, dense.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_wrappers_spare_the_same_parameters_from_weight_decay():
+    vit = make("registers")
+    assert TokenPruner(vit).no_weight_decay() == {f"vit.{name}" for name in vit.no_weight_decay()}
+    assert "vit.pos_embed" in TokenPruner(vit).no_weight_decay()
+
+
 def test_gradient_checkpointing_changes_nothing():
     vit = make("vit")
     x, pruner = images(vit), TokenPruner(vit).train()

@@ -73,6 +73,10 @@ class TokenPruner(nn.Module):
         """Constructor arguments besides `vit`, as plain JSON values: what models.save stores to rebuild this."""
         return {}
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers must not decay: those of the ViT."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
     def block(self, index: int, x: Tensor, ids: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
         """Run block `index` on tokens x (B, N, D) whose patches are ids (B, N - prefix).
 
