@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -17,11 +19,12 @@ from lib import models, params
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = {"batch_size": 16, "augment": "none"}
 
 
-def papermill(notebook: str, folder: Path, cwd: Path = ROOT, **values) -> tuple[Path, subprocess.CompletedProcess]:
-    """Run a notebook with these parameters as run `t` below folder: its run folder and the process's result."""
+def command(notebook: str, folder: Path, **values) -> tuple[Path, list[str]]:
+    """The run folder and the papermill command of a notebook, with these parameters, as run `t` below folder."""
     values = {"output_dir": str(folder), "run_name": "t", **values}
     declared = params.declared_in(ROOT / "notebooks" / f"{notebook}.ipynb")
     assert values.keys() <= declared.keys(), "a parameter that the notebook does not declare"
@@ -29,10 +32,13 @@ def papermill(notebook: str, folder: Path, cwd: Path = ROOT, **values) -> tuple[
     run.mkdir(parents=True, exist_ok=True)
     files = [str(ROOT / "notebooks" / f"{notebook}.ipynb"), str(run / "notebook.ipynb")]
     options = ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
-    command = [sys.executable, "-m", "papermill", *files, *options]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=threads)
-    return run, result
+    return run, [sys.executable, "-m", "papermill", *files, *options]
+
+
+def papermill(notebook: str, folder: Path, cwd: Path = ROOT, **values) -> tuple[Path, subprocess.CompletedProcess]:
+    """Run a notebook to its end: its run folder and the process's result."""
+    run, line = command(notebook, folder, **values)
+    return run, subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,33 @@ assert first == again and (first / "DONE").exists() and (first / "notebook.ipynb
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "no finished run with" in result.stdout and "ucb_stage1: using" in result.stdout
+
+
+@pytest.mark.parametrize("notebook", ["dense", "ucb_stage1", "ucb_stage2"])
+def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, dataset, dense, stage1, tmp_path, notebook):
+    values = {
+        "dense": {"dataset": dataset, "weights": "", "epochs": 12},
+        "ucb_stage1": {"ckpt": str(dense), "num_train_epochs": 12},
+        "ucb_stage2": {"stage1_checkpoint_path": str(stage1), "num_train_epochs": 12},
+    }[notebook] | {**TINY, "augment": "shift"}
+    whole, result = papermill(notebook, tmp_path / "whole", **values)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+    run, line = command(notebook, tmp_path / "killed", **values)
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(run.glob("last/state-*.pt"))) < 2:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(int((run / "lock.pid").read_text()), signal.SIGKILL)  # the kernel, in the middle of its training
+    assert process.wait(timeout=60) != 0 and not (run / "DONE").exists()
+
+    run, result = papermill(notebook, tmp_path / "killed", **values)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (run / "test.npz").read_bytes() == (whole / "test.npz").read_bytes()
+    rows = [[json.loads(row) for row in (each / "metrics.jsonl").read_text().splitlines()] for each in (run, whole)]
+    assert len(rows[0]) == 12
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
 
 
 @pytest.mark.parametrize(
