@@ -1,7 +1,7 @@
-# Two commands on a fresh machine (Python 3.10+, make): `make demo` and `make test`. Each sets up what it needs, once.
+# Two commands on a fresh machine (Python 3.11+, make): `make demo` and `make test`. Each sets up what it needs, once.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
+BIN    := $(abspath $(VENV))/bin
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 SWEEP  ?= sweeps/demo.yaml
 
@@ -19,15 +19,15 @@ demo: SWEEP = sweeps/demo.yaml
 demo: sweep
 
 sweep: $(VENV)/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --keep-going --quiet all --configfile $(SWEEP)
+	PATH="$(BIN):$$PATH" snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet all --configfile $(SWEEP)
 
 test: $(VENV)/ready lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill" notebooks/*.ipynb
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py

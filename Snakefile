@@ -34,6 +34,8 @@ def expand_stages(stages):
                     if run.split("/")[0] == needed and all(varied.get(k, v) == v for k, v in other["varied"].items())
                 ]
                 upstream += agreeing
+                if parameter != "runs" and len(agreeing) != 1:
+                    sys.exit(f"{notebook}/{name}: {len(agreeing)} runs of {needed} fit its {parameter}, expected one")
                 if parameter != "runs":
                     values[parameter] = f"{OUTPUT}/{agreeing[0]}"
             values |= {"run_name": name, "output_dir": OUTPUT}
@@ -45,6 +47,8 @@ def expand_stages(stages):
     return found
 
 
+if "stages" not in config:
+    sys.exit("no sweep given: snakemake --cores 2 --configfile sweeps/demo.yaml")
 RUNS = expand_stages(config["stages"])
 print(f"{config['name']}: {len(RUNS)} runs below {OUTPUT}/, then {OUTPUT}/report/index.html", file=sys.stderr)
 

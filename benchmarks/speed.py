@@ -26,7 +26,7 @@ class Ceiling(nn.Module):
         super().__init__()
         self.vit = frozen.vit
         weight = frozen.vit.patch_embed.proj.weight
-        self.pixels = torch.randn(batch, len(frozen.kept), weight[0].numel())
+        self.register_buffer("pixels", torch.randn(batch, len(frozen.kept), weight[0].numel()))
 
     def forward(self, images: Tensor) -> Tensor:
         embed = self.vit.patch_embed
@@ -43,9 +43,9 @@ def frozen_against_ceiling(arch: str, batch: int, repeats: int) -> pd.DataFrame:
         kept = baselines.random_set(dense.patch_embed.grid_size, ratio)
         frozen = FixedPatches(copy.deepcopy(dense), kept).eval()
         arms = {"dense": dense, "frozen": frozen, "ceiling": Ceiling(frozen, batch).eval()}
-        over_dense = evaluate.latency(arms, images, repeats=repeats).set_index("model")
+        over_dense = evaluate.latency(arms, images, repeats=repeats, device=evaluate.device()).set_index("model")
         pair = {name: arms[name] for name in ("ceiling", "frozen")}
-        share = evaluate.latency(pair, images, repeats=repeats).set_index("model")
+        share = evaluate.latency(pair, images, repeats=repeats, device=evaluate.device()).set_index("model")
         row = {"arch": arch, "keep_ratio": ratio, "tokens": len(kept) + dense.num_prefix_tokens}
         row["macs_ratio"] = evaluate.closed_form_macs(dense) / evaluate.closed_form_macs(frozen.vit)
         row |= {"speedup": over_dense.speedup["frozen"], "ceiling": over_dense.speedup["ceiling"]}
@@ -63,7 +63,9 @@ def exploring_against_dense(arch: str, batch: int, repeats: int) -> pd.DataFrame
         for mode in ("mask", "gather")
         for ratio in (0.9, 0.7)
     }
-    return evaluate.latency(arms, images, repeats=repeats)[["model", "speedup", "speedup_iqr"]]
+    return evaluate.latency(arms, images, repeats=repeats, device=evaluate.device())[
+        ["model", "speedup", "speedup_iqr"]
+    ]
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ class UnsupportedBlock(TypeError):
 def check(vit: nn.Module) -> None:
     """Raise UnsupportedBlock unless every step of `vit` is one that this module knows how to run."""
     if not isinstance(vit, VisionTransformer):
-        raise UnsupportedBlock(f"{_name(vit)} is not supported: expected a timm VisionTransformer")
+        raise UnsupportedBlock(f"{name_of(vit)} is not supported: expected a timm VisionTransformer")
     if not isinstance(vit.patch_drop, nn.Identity):
-        raise UnsupportedBlock(f"{_name(vit.patch_drop)} drops patches at random: expected patch_drop_rate=0")
+        raise UnsupportedBlock(f"{name_of(vit.patch_drop)} drops patches at random: expected patch_drop_rate=0")
     for index, block in enumerate(vit.blocks):
         if type(block) is not Block:
-            raise UnsupportedBlock(f"blocks.{index} is a {_name(block)}: expected timm's Block")
+            raise UnsupportedBlock(f"blocks.{index} is a {name_of(block)}: expected timm's Block")
         if type(block.attn) is not Attention:
-            raise UnsupportedBlock(f"blocks.{index}.attn is a {_name(block.attn)}: expected timm's Attention")
+            raise UnsupportedBlock(f"blocks.{index}.attn is a {name_of(block.attn)}: expected timm's Attention")
 
 
-def _name(module: nn.Module) -> str:
+def name_of(module: nn.Module) -> str:
+    """Where a module's class comes from, for messages."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

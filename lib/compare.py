@@ -14,8 +14,9 @@ from lib import evaluate
 from lib.augment import normalise
 from lib.pruners.tokens import TokenPruner
 
-# Runs that differ in nothing else are repetitions of one arm: its mean and interval are over them.
-REPETITION = ("seed", "ckpt", "stage1_checkpoint_path", "output_dir", "run_name", "resume")
+# Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
+# run started from are compared by how they were made.
+NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", "output_dir", "run_name", "resume")
 
 
 class CompareError(ValueError):
@@ -25,36 +26,64 @@ class CompareError(ValueError):
 def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
     """Finished runs whose folders match a glob, one row each, and why the others were left out, by run.
 
-    Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. Arms are named by
-    method and ratio; where those hold differently made runs, by the folder too. dataset "" is the most frequent one.
+    Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. An arm is one method
+    made in one way, with one row per seed; it is named by method and ratio, and where those are made in several ways
+    by the folder too. dataset "" is the most frequent one; runs on other images under its name are left out.
     """
     rows, left_out = [], {}
     base, relative = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
     for params_file in sorted(base.glob(f"{relative}/params.json")):
         run = params_file.parent
-        name = f"{run.parent.name}/{run.name}"
         if not (run / "DONE").exists():
-            left_out[name] = "not finished (no DONE)"
+            left_out[_name(run)] = "not finished (no DONE)"
             continue
-        metrics, params = (json.loads((run / f"{file}.json").read_text()) for file in ("metrics", "params"))
+        metrics, params, facts = (_read(run / f"{file}.json") for file in ("metrics", "params", "provenance"))
         if "method" not in metrics:
-            continue  # a comparison, not a run of a method
-        made = json.dumps({k: v for k, v in params.items() if k not in REPETITION}, sort_keys=True)
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
-        rows.append({"run": str(run), "made": made, "seed": params.get("seed", 0), **numbers})
+            continue  # a comparison, or a step on the way to a method
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+        made = {"run": str(run), "made": _making(run), "digest": facts.get("dataset_digest")}
+        rows.append({**made, "seed": params.get("seed", 0), **numbers})
     if not rows:
         raise CompareError(f"no finished run in {pattern} ({len(left_out)} unfinished): run a method's notebook first")
     table = pd.DataFrame(rows)
     chosen = dataset or table.dataset.mode()[0]
-    for row in table[table.dataset != chosen].itertuples():
-        left_out[f"{Path(row.run).parent.name}/{Path(row.run).name}"] = f"dataset {row.dataset}, not {chosen}"
-    table = table[table.dataset == chosen].sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
-    if table.empty:
-        raise CompareError(f"no finished run in {pattern} is on dataset {chosen!r}")
+    if chosen not in {*table.dataset}:
+        raise CompareError(
+            f"no finished run in {pattern} is on dataset {chosen!r}: found {', '.join({*table.dataset})}"
+        )
+    digest = table.digest[table.dataset == chosen].mode()[0]
+    reasons = {
+        f"on dataset other than {chosen}": table.dataset != chosen,
+        f"on other images than most runs on {chosen}": table.digest != digest,
+        "made like another run, with the same seed": table.duplicated(["made", "seed"]),
+    }
+    for reason, rejected in reversed(reasons.items()):
+        left_out |= {_name(Path(run)): reason for run in table.run[rejected]}
+        table = table[~rejected[table.index]]
+    table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
     arms = table.method + " " + table.keep_ratio.map("{:g}".format)
     several = table.assign(arm=arms).groupby("arm").made.transform("nunique") > 1
-    table.insert(1, "arm", arms.where(~several, arms + " (" + table.run.map(lambda run: Path(run).name) + ")"))
-    return table.drop(columns="made"), left_out
+    # where one method and ratio was made in several ways, each way is named after its first run
+    first = table.groupby("made").run.transform("first").map(lambda run: Path(run).name)
+    table.insert(1, "arm", arms.where(~several, arms + " (" + first + ")"))
+    return table.drop(columns=["made", "digest"]), left_out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _name(run: Path) -> str:
+    return f"{run.parent.name}/{run.name}"
+
+
+def _making(run: Path) -> str:
+    """How a run was made, seeds and places aside: its parameters, and those of the runs it started from."""
+    params = {name: value for name, value in _read(run / "params.json").items() if name not in NOT_MAKING}
+    provenance = run / "provenance.json"
+    start = Path(_read(provenance).get("start") or "") if provenance.exists() else Path()
+    above = _making(start) if (start / "params.json").is_file() else str(start)
+    return json.dumps([run.parent.name, params, above], sort_keys=True)
 
 
 def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
@@ -67,27 +96,34 @@ def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
 def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
     """One row per arm: mean of the metric over seeds with its 95 % half interval, costs, and a paired test.
 
-    difference and p_value compare the first seed's answers with the baseline's on the same test images (McNemar).
+    difference: to the baseline arm's mean. p: McNemar's test that the first seed's answers are right as often as the
+    baseline's first seed's, on the same test images. pareto: on the front of MACs and the mean metric.
     """
-    reference = _correct(_first(table, baseline).run)
+    if metric not in table:
+        raise CompareError(f"metric {metric!r} is not among the runs' numbers")
+    against = baseline_arm(table, baseline)
+    reference = _correct(table.run[table.arm == against].iloc[0])
     rows = []
     for arm, runs in table.groupby("arm", sort=False):
         first = runs.iloc[0]
         mean, half = evaluate.mean_ci(runs[metric])
-        test = evaluate.mcnemar(_correct(first.run), reference)
-        shown = {"arm": arm, "seeds": len(runs), metric: mean, "±": half, "difference": test["difference"]}
-        shown |= {"p": test["p_value"], "macs_g": first.macs_g, "params_m": first.params_m}
-        shown |= {name: first[name] for name in ("latency_ms", "speedup", "foreground_recall") if name in table}
-        rows.append({**shown, "n_test": int(first.n)})
+        row = {"arm": arm, "method": first.method, "keep_ratio": first.keep_ratio, "seeds": len(runs), metric: mean}
+        row |= {"±": half, "difference": mean - table[metric][table.arm == against].mean()}
+        row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"], "macs_g": first.macs_g}
+        shown = ("params_m", "latency_ms", "speedup", "foreground_recall")
+        row |= {name: float(runs[name].mean()) for name in shown if name in table}
+        rows.append({**row, "n_test": int(first.n)})
     found = pd.DataFrame(rows)
-    return found.assign(pareto=evaluate.pareto(found, "macs_g", metric)).sort_values("macs_g", ascending=False)
+    found["pareto"] = evaluate.pareto(found, "macs_g", metric)
+    return found.sort_values(["macs_g", metric], ascending=False, ignore_index=True)
 
 
-def _first(table: pd.DataFrame, baseline: str) -> pd.Series:
+def baseline_arm(table: pd.DataFrame, baseline: str) -> str:
+    """The arm that the others are compared with: the first of the baseline method."""
     runs = table[table.method == baseline]
     if runs.empty:
         raise CompareError(f"no run of baseline {baseline!r} here: expected one of {', '.join(table.method.unique())}")
-    return runs.iloc[0]
+    return str(runs.arm.iloc[0])
 
 
 def _correct(run: str) -> np.ndarray:
@@ -95,22 +131,15 @@ def _correct(run: str) -> np.ndarray:
         return arrays["logits"].argmax(axis=1) == arrays["labels"]
 
 
-def baseline_arm(table: pd.DataFrame, baseline: str) -> str:
-    """The arm that stands for the baseline method."""
-    return str(_first(table, baseline).arm)
-
-
 def recommend(summary: pd.DataFrame, metric: str, budget_ms: float, baseline: str) -> pd.DataFrame:
-    """Which arm to use, for four wishes, with the reason; the baseline itself counts as a choice."""
-    base = summary[summary.arm.str.split().str[0] == baseline].iloc[0]
-    near = summary[summary[metric] >= base[metric] - 0.01]
-    acceptable = summary[summary[metric] >= base[metric] - 0.05]
+    """Which arm to use, for four wishes, with the reason; `baseline` is an arm, and counts as a choice."""
+    base = summary[summary.arm == baseline].iloc[0]
     within = summary[summary.latency_ms <= budget_ms]
     wishes = {
-        "fastest within one point of the baseline": near.nsmallest(1, "latency_ms"),
+        "fastest within one point of the baseline": _within(summary, metric, base, 0.01).nsmallest(1, "latency_ms"),
         f"most accurate under {budget_ms:.1f} ms per batch": within.nlargest(1, metric),
         "most accuracy per ms": summary.assign(rate=summary[metric] / summary.latency_ms).nlargest(1, "rate"),
-        "fewest multiply-adds within five points": acceptable.nsmallest(1, "macs_g"),
+        "fewest multiply-adds within five points": _within(summary, metric, base, 0.05).nsmallest(1, "macs_g"),
     }
     rows = []
     for wish, choice in wishes.items():
@@ -125,9 +154,13 @@ def recommend(summary: pd.DataFrame, metric: str, budget_ms: float, baseline: st
     return pd.DataFrame(rows)
 
 
+def _within(summary: pd.DataFrame, metric: str, base: pd.Series, loss: float) -> pd.DataFrame:
+    return summary[summary[metric] >= base[metric] - loss]
+
+
 def patch_grid(models: Mapping[str, nn.Module]) -> tuple[int, int]:
     """The (rows, columns) of patches that the models share."""
-    grids = {(getattr(model, "vit", model)).patch_embed.grid_size for model in models.values()}
+    grids = {getattr(model, "vit", model).patch_embed.grid_size for model in models.values()}
     if len(grids) != 1:
         raise CompareError(f"models cut images into different grids {sorted(grids)}: compare those of one grid")
     return grids.pop()
@@ -136,10 +169,13 @@ def patch_grid(models: Mapping[str, nn.Module]) -> tuple[int, int]:
 def kept(models: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, list[torch.Tensor]]:
     """Per token pruner that drops anything, the patches each image (n, H, W, 3) is left with after the last block."""
     x = normalise(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 255, data.mean, data.std)
-    pruners = {name: model for name, model in models.items() if isinstance(model, TokenPruner)}
-    last = {name: list(model.trace(x).kept[-1]) for name, model in pruners.items()}
-    patches = np.prod(patch_grid(models))
-    return {name: sets for name, sets in last.items() if any(len(ids) < patches for ids in sets)}
+    patches, found = int(np.prod(patch_grid(models))), {}
+    for name, model in models.items():
+        if isinstance(model, TokenPruner):
+            last = model.trace(x.to(next(model.parameters()).device)).kept[-1].cpu()
+            if any(len(ids) < patches for ids in last):
+                found[name] = list(last)
+    return found
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -18,8 +18,24 @@ from lib.costs import closed_form_macs, evaluating, latency, macs, place, vit_ma
 from lib.statistics import foreground, hypervolume, mcnemar, mean_ci, overlap, paired_bootstrap, pareto
 
 __all__ = [
-    "Predictions", "classification", "closed_form_macs", "confusion", "foreground", "hypervolume", "image_shape",
-    "latency", "macs", "mcnemar", "mean_ci", "overlap", "paired_bootstrap", "pareto", "predict", "test", "vit_macs",
+    "Predictions",
+    "classification",
+    "closed_form_macs",
+    "confusion",
+    "device",
+    "foreground",
+    "hypervolume",
+    "image_shape",
+    "latency",
+    "macs",
+    "mcnemar",
+    "mean_ci",
+    "overlap",
+    "paired_bootstrap",
+    "pareto",
+    "predict",
+    "test",
+    "vit_macs",
 ]  # fmt: skip
 
 
@@ -116,6 +132,11 @@ def test(model: nn.Module, data: Any, *, batch_size: int = 256) -> tuple[dict[st
     found = predict(model, data.test, mean=data.mean, std=data.std, batch_size=batch_size)
     scores = classification(found.logits, found.labels, classes=data.classes)
     return {**scores, **macs(model, image_shape(data))}, found
+
+
+def device() -> torch.device:
+    """Where speed is measured: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:

@@ -73,6 +73,14 @@ def create(
     return model
 
 
+def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Raise ModelError unless a ViT takes images of this (channels, height, width)."""
+    wanted = tuple(model.patch_embed.img_size)
+    if wanted != image_shape[1:] and not model.dynamic_img_size:
+        found = f"{image_shape[1]}x{image_shape[2]}"
+        raise ModelError(f"images are {found}, the model takes {wanted[0]}x{wanted[1]}: set img_size, or another arch")
+
+
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Fill a dense model from a state dict, the head excepted where the number of classes differs."""
     state = _read_tensors(path)
@@ -193,6 +201,20 @@ def header(path: str | Path) -> dict:
     if content["format"] != FORMAT:
         raise ModelError(f"{path} has format {content['format']}: this version reads {FORMAT}")
     return content
+
+
+def origin(path: str | Path, pruner: str | None = None) -> dict:
+    """The metadata of a model that a notebook saved: its data, normalisation and classes, for the next stage.
+
+    pruner: the wrapper that the next stage needs, such as "ucb.UCB"; None is a bare ViT. ModelError otherwise.
+    """
+    content = header(path)
+    found = content["model"].get("pruner")
+    if found != pruner:
+        raise ModelError(f"{path} holds {found or 'a bare model'}: expected {pruner or 'a bare model'}")
+    if "data" not in content["metadata"]:
+        raise ModelError(f"{path} does not say what data it was trained on: expected the model of a notebook's run")
+    return content["metadata"]
 
 
 def load(path: str | Path) -> nn.Module:

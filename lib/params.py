@@ -130,16 +130,25 @@ def check(declaration: dict[str, Parameter], values: dict[str, Any]) -> dict[str
     return read
 
 
+def _declared_if_any(source: str) -> dict[str, Parameter]:
+    try:
+        return declared(source)
+    except ParameterError:  # annotated, but nothing that a parameters cell may hold
+        return {}
+
+
 def from_namespace(namespace: dict[str, Any]) -> tuple[dict[str, Parameter], dict[str, Any]]:
     """What a running notebook declares, and the values set since: by its own cell, or injected by papermill.
 
     Read from IPython's history of executed cells, so it works wherever the notebook runs from, and on a copy of it.
     """
     cells = namespace.get("In", [])
-    at = max((i for i, source in enumerate(cells) if declared(source)), default=None)
-    if at is None:
+    found = {index: names for index, source in enumerate(cells) if (names := _declared_if_any(source))}
+    if not found:
         raise ParameterError("no parameters cell has run: run the notebook from its top")
-    declaration = declared(cells[at])
+    first = found[min(found)]  # in a kernel that lives on, later cells may declare variables of their own
+    at = max(index for index, names in found.items() if names.keys() & first.keys())
+    declaration = found[at]
     injected = [source for source in cells[at + 1 :] if source.startswith("# Parameters\n")]
     names = {target.id for source in injected for node in ast.parse(source).body if isinstance(node, ast.Assign)
              for target in node.targets}  # fmt: skip

@@ -7,16 +7,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lib.statistics import pareto
 
 sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"figure.dpi": 100, "savefig.dpi": 150})
 HEAT = "viridis"
-DIMMED = 0.2  # brightness that is left of a dropped patch
-
-# One colour and marker per method in every figure; methods not named here take the palette's next ones.
-METHODS = ["dense", "ucb", "random", "centre"]
+VEIL, VEILED = np.array([200, 206, 214]), 0.82  # a dropped patch is this much of this light grey: seen on black too
 
 
 def _grid(rows: int, columns: int, size: float = 1.6) -> tuple[Figure, np.ndarray]:
@@ -30,11 +28,20 @@ def _grid(rows: int, columns: int, size: float = 1.6) -> tuple[Figure, np.ndarra
     return figure, axes
 
 
+def spread(split: Any, count: int) -> np.ndarray:
+    """`count` images (n, H, W, 3) spread evenly over a split, or all where it has fewer."""
+    return split.images[_spread(split, count)]
+
+
+def _spread(split: Any, count: int) -> np.ndarray:
+    return np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)
+
+
 def samples(split: Any, classes: Sequence[str], count: int = 16) -> Figure:
     """Images spread evenly over a split, with their classes; the foreground outlined where the split has masks."""
-    chosen = np.linspace(0, len(split) - 1, count).astype(int)
-    columns = min(8, count)
-    figure, axes = _grid(-(-count // columns), columns)
+    chosen = _spread(split, count)
+    columns = min(8, len(chosen))
+    figure, axes = _grid(-(-len(chosen) // columns), columns)
     for axis, index in zip(axes.flat, chosen, strict=False):
         axis.imshow(split.images[index])
         axis.set_title(str(classes[split.labels[index]])[:14], fontsize=9)
@@ -43,20 +50,22 @@ def samples(split: Any, classes: Sequence[str], count: int = 16) -> Figure:
     return figure
 
 
-def training(history: list[dict]) -> Figure:
-    """Training loss and validation accuracy per epoch, the kept epoch marked."""
+def training(history: list[dict], keep: str = "best") -> Figure:
+    """Training loss and validation accuracy per epoch, the epoch whose weights were kept marked: best or last."""
     table = pd.DataFrame(history)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     left.plot(table.epoch, table.train_loss, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="training loss (nats)")
     right.plot(table.epoch, table.val_top1, marker="o", markersize=3, color="C1")
     best = table.sort_values(["val_top1", "val_nll_nats"], ascending=[False, True]).iloc[0]
-    right.plot(best.epoch, best.val_top1, marker="*", markersize=14, color="C3", linestyle="", label="kept weights")
+    kept = best if keep == "best" else table.iloc[-1]
+    right.plot(kept.epoch, kept.val_top1, marker="*", markersize=14, color="C3", linestyle="", label="kept weights")
     right.set(xlabel="epoch", ylabel=f"validation accuracy (n={int(table.n_val.iloc[0])})")
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     right.legend()
     for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlim(0.5, len(table) + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     sns.despine(figure)
     return figure
 
@@ -75,10 +84,11 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def overlay(image: np.ndarray, kept: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
-    """The image (H, W, 3) uint8 with every patch that is not kept dimmed: what a pruned model gets to see."""
+    """The image (H, W, 3) uint8 with every patch that is not kept veiled: what a pruned model gets to see."""
     shown = np.zeros(grid[0] * grid[1], dtype=bool)
     shown[np.asarray(kept, dtype=int)] = True
-    return (image * np.where(_upsampled(shown.reshape(grid), image), 1.0, DIMMED)[..., None]).astype(np.uint8)
+    clear = _upsampled(shown.reshape(grid), image)[..., None]
+    return np.where(clear, image, (1 - VEILED) * image + VEILED * VEIL).astype(np.uint8)
 
 
 def _upsampled(values: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -90,6 +100,8 @@ def _upsampled(values: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]) -> Figure:
     """Images (n, H, W, 3) as rows of methods see them; kept: per name one set (K,) for all, or one per image."""
+    if not kept:
+        kept = {"all": np.arange(grid[0] * grid[1])}
     figure, axes = _grid(len(kept), len(images))
     for row, (name, sets) in zip(axes, kept.items(), strict=True):
         each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
@@ -153,7 +165,8 @@ def count_histogram(counts: np.ndarray) -> Figure:
 def foreground(table: pd.DataFrame) -> Figure:
     """Share of the foreground kept against the share of patches kept: columns keep_ratio, recall, method."""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    _lines(axis, table, "keep_ratio", "recall")
+    palette = methods_palette(table.method)
+    sns.lineplot(table, x="keep_ratio", y="recall", hue="method", palette=palette, marker="o", ax=axis)
     axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="random on average")
     axis.set(xlabel="share of the patches kept", ylabel="share of the foreground kept", xlim=(0, 1), ylim=(0, 1.02))
     for each in (axis.xaxis, axis.yaxis):
@@ -164,36 +177,23 @@ def foreground(table: pd.DataFrame) -> Figure:
 
 
 def methods_palette(methods: Sequence[str]) -> dict[str, Any]:
-    """The colour of each method, the same in every figure."""
-    known = [*METHODS, *sorted(set(methods) - {*METHODS})]
-    colours = sns.color_palette("colorblind", max(10, len(known)))
-    return {name: colours[known.index(name)] for name in methods}
+    """A colour per method, by alphabet, so that two figures of the same methods agree."""
+    names = sorted({*methods})
+    return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
-def _lines(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-    """One line with 95 % intervals over seeds per method."""
-    names = [name for name in [*METHODS, *sorted({*table.method} - {*METHODS})] if name in {*table.method}]
-    for name in names:
-        seeds = table[table.method == name].groupby(x)[y].agg(["mean", "sem", "count"]).reset_index()
-        interval = seeds["sem"].where(seeds["count"] > 1) * 1.96
-        axis.errorbar(seeds[x], seeds["mean"], yerr=interval, marker="o", capsize=3, label=name,
-                      color=methods_palette(names)[name])  # fmt: skip
-
-
-def trade_off(table: pd.DataFrame, cost: str, label: str, value: str = "top1") -> Figure:
-    """Accuracy against a cost: one point per run, the means over seeds joined, the Pareto front starred."""
+def trade_off(summary: pd.DataFrame, cost: str, label: str, metric: str) -> Figure:
+    """A metric against a cost, as compare.summary gives them: means over seeds, 95 % intervals, the front starred."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    palette = methods_palette([*dict.fromkeys(table.method)])
-    sns.scatterplot(table, x=cost, y=value, hue="method", palette=palette, s=22, alpha=0.45, legend=False, ax=axis)
-    means = table.groupby(["method", "keep_ratio"])[[cost, value, "pareto"]].mean().reset_index()
-    for name, line in means.groupby("method"):
-        line = line.sort_values(cost)
-        axis.plot(line[cost], line[value], color=palette[name], marker="o", label=name)
-    front = means[means.pareto > 0.5]
-    axis.scatter(
-        front[cost], front[value], marker="*", s=190, facecolor="none", edgecolor="k", label="Pareto", zorder=5
-    )
-    axis.set(xlabel=label, ylabel="test accuracy")
+    palette = methods_palette(summary.method)
+    for method, arms in summary.groupby("method"):
+        arms = arms.sort_values(cost)
+        half = arms["±"].astype(float)
+        axis.errorbar(arms[cost], arms[metric], yerr=half, marker="o", capsize=3, color=palette[method], label=method)
+    front = summary[pareto(summary, cost, metric)]
+    star = {"marker": "*", "s": 190, "facecolor": "none", "edgecolor": "k", "zorder": 5, "label": "Pareto front"}
+    axis.scatter(front[cost], front[metric], **star)
+    axis.set(xlabel=label, ylabel=f"test {metric}, mean over seeds")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.legend()
     sns.despine(figure)

@@ -43,9 +43,18 @@ def root() -> Path:
 
 
 def resolve(path: str) -> str:
-    """A path as a parameter gives it: as it is if it exists (or is no path), else taken from the project's folder."""
-    inside = root() / path
-    return str(inside) if path and not Path(path).exists() and inside.exists() else path
+    """A path from a parameter, absolute if it exists, here or in the project's folder; anything else as it is."""
+    for candidate in (Path(path).expanduser(), root() / path) if path else ():
+        if candidate.exists():
+            return str(candidate.resolve())
+    return path
+
+
+def portable(value: Any) -> Any:
+    """A parameter as it reads from everywhere: existing paths absolute, or from the project's folder if inside it."""
+    if not isinstance(value, str) or not Path(found := resolve(value)).is_absolute():
+        return value
+    return str(Path(found).relative_to(root()) if Path(found).is_relative_to(root()) else found)
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -177,6 +186,13 @@ class Run:
         options = [f"-{'r' if isinstance(v, str) else 'p'} {k} {shlex.quote(str(v))}" for k, v in changed.items()]
         return " ".join([f"papermill notebooks/{self.notebook}.ipynb out.ipynb", *options])
 
+    def refuse(self, *names: str, because: str) -> None:
+        """Raise ParameterError if any of these was set: a parameter that would do nothing."""
+        for name in names:
+            if self.params[name] != self.defaults[name]:
+                self.close()
+                raise parameters.ParameterError(f"{name} is {self.params[name]!r}, but {because}: leave it out")
+
     def log(self, rows: list[dict]) -> None:
         """Rewrite metrics.jsonl, one line per epoch so far."""
         _refuse_nan(rows, "metrics.jsonl")
@@ -249,18 +265,25 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     """The finished run of a notebook with the wanted parameters, the others at their defaults: found, else made now."""
     source = root() / "notebooks" / f"{notebook}.ipynb"
     declaration = parameters.declared_in(source)
-    values = parameters.check(declaration, {**wanted, "output_dir": output_dir})
+    wanted = {name: portable(value) for name, value in wanted.items()} | {"output_dir": output_dir}
+    values = parameters.check(declaration, wanted)
     for mark in sorted((root() / output_dir / notebook).glob("*/DONE")):
-        if identity(json.loads((mark.parent / "params.json").read_text())) == identity(values):
+        if _made_by(json.loads((mark.parent / "params.json").read_text())) == _made_by(values):
             print(f"{notebook}: using {mark.parent}", flush=True)
             return mark.parent
     target = folder(notebook, declaration, values)
     target.mkdir(parents=True, exist_ok=True)
-    print(f"{notebook}: no finished run with {wanted or 'the default parameters'}, making it: {target}", flush=True)
+    log = target / "log.txt"
+    print(f"{notebook}: no finished run with {wanted}, making it; its progress: {log}", flush=True)
     command = [sys.executable, "-m", "papermill", str(source), str(target / "notebook.ipynb"), "-k", "python3"]
-    command += ["--no-progress-bar", "--cwd", str(root()), "-y", json.dumps({**wanted, "output_dir": output_dir})]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode or not (target / "DONE").exists():
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    command += ["--log-output", "--no-progress-bar", "--cwd", str(root()), "-y", json.dumps(wanted)]
+    with open(log, "w") as output:
+        failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    if failed or not (target / "DONE").exists():
+        last = (log.read_text().strip().splitlines() or ["no message"])[-1]
         raise RunError(f"{notebook} failed ({last}): see {target / 'notebook.ipynb'}")
     return target
+
+
+def _made_by(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: portable(value) for name, value in identity(values).items()}

@@ -162,7 +162,7 @@ class _Fitting:
             initial=self.epoch * self.per_epoch + self.batch,
             desc=run.notebook,
             unit="step",
-            mininterval=1 if interactive() else 30,  # thousands of lines in a log would fail a notebook run
+            mininterval=1 if interactive() else 10,  # thousands of lines in a log would fail a notebook run
             disable=not self.accelerator.is_main_process,
         )
 

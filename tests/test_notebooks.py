@@ -19,7 +19,7 @@ from lib import models, params
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 TINY = {"batch_size": 16, "augment": "none"}
 
 
@@ -109,11 +109,11 @@ def test_dense(dense):
 
 def test_ucb_stage1(stage1):
     metrics = check_run(stage1, "counts", "counts_per_block", "kept_by_ratio", "count_histogram", "foreground")
-    assert metrics["method"] == "ucb_stage1"
+    assert "method" not in metrics, "a step on the way, not an arm of comparisons"
     model = models.load(stage1)
     gains = (model.ucb_count_scores - 1).sum(dim=-1)
     steps = 86 // 16
-    torch.testing.assert_close(gains, torch.full_like(gains, 32.0 * steps))  # explore_ratio 0.5 of 64 patches
+    torch.testing.assert_close(gains, torch.full_like(gains, 57.0 * steps))  # 0.9 of 64 patches
 
 
 def test_ucb_stage2(stage1, stage2):
@@ -142,7 +142,7 @@ def test_compare(folder, dense, stage1, stage2):
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((run / "metrics.json").read_text())
     arms = {row["arm"]: row for row in metrics["summary"]}
-    assert {"dense 1", "ucb 0.25", "ucb_stage1 0.9"} <= {*arms}
+    assert {"dense 1", "ucb 0.25"} <= {*arms}
     assert arms["dense 1"]["speedup"] == 1 and arms["dense 1"]["difference"] == 0
     assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
         "kept",
@@ -215,7 +215,9 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
     ("notebook", "values", "message"),
     [("dense", {"epochs": 0}, "epochs is 0: expected a value in [1, 100000]"),
      ("dense", {"arch": "vit_digit"}, "did you mean vit_digits?"),
-     ("dense", {"dataset": "digit"}, "digits"),
+     ("dense", {"dataset": "digit"}, "did you mean 'digits'"),
+     ("ucb_stage1", {"ckpt": "checkpoints/vit_digits.safetensors", "arch": "vit_cifar"}, "but ckpt brings its own"),
+     ("ucb_stage2", {"stage1_checkpoint_path": "checkpoints/vit_digits.safetensors"}, "expected ucb.UCB"),
      ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
      ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
      ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
@@ -224,7 +226,7 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):
     run, result = papermill(notebook, tmp_path, **values)
     assert result.returncode != 0
-    assert message in result.stderr.strip().splitlines()[-1] or message in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
     assert not (run / "DONE").exists() and not (run / "metrics.json").exists()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,8 +139,8 @@ class KeptPatchEmbed(nn.Module):
 
     def __init__(self, embed: nn.Module, kept: Tensor):
         super().__init__()
-        if type(getattr(embed, "proj", None)) is not nn.Conv2d or not getattr(embed, "flatten", False):
-            raise blocks.UnsupportedBlock(f"{blocks._name(embed)}: expected timm's PatchEmbed with one convolution")
+        if type(embed) is not PatchEmbed or not embed.flatten:
+            raise blocks.UnsupportedBlock(f"{blocks.name_of(embed)}: expected timm's PatchEmbed with flattened output")
         self.proj, self.norm = embed.proj, embed.norm
         self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
         self.num_patches = len(kept)
@@ -171,7 +172,7 @@ class FixedPatches(TokenPruner):
         if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept) or kept[0] < 0 or kept[-1] >= total:
             raise ValueError(f"kept patches: expected distinct indices in 0..{total - 1}, got {kept.tolist()}")
         if vit.dynamic_img_size or vit.pos_embed is None:
-            raise blocks.UnsupportedBlock(f"{blocks._name(vit)}: expected a fixed image size and position embedding")
+            raise blocks.UnsupportedBlock(f"{blocks.name_of(vit)}: expected a fixed image size and position embedding")
         embed = vit.patch_embed
         if isinstance(embed, KeptPatchEmbed):
             raise blocks.UnsupportedBlock("this model embeds only some patches already: freeze the dense model")

@@ -64,16 +64,21 @@ class UCB(TokenPruner):
         super().__init__(vit)
         kept_count(keep_ratio, self.patches)  # refuses ratios outside (0, 1]
         kept_count(1.0 if explore_ratio is None else explore_ratio, self.patches)
+        if explore_ratio is not None and keep_ratio < 1 and explore_ratio > keep_ratio:
+            raise ValueError(
+                f"explore_ratio {explore_ratio} is above keep_ratio {keep_ratio}: what is dropped cannot count"
+            )
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta is {beta}: expected a finite number, at least 0")
         if mode not in ("mask", "gather"):
             raise ValueError(f"mode is {mode!r}: expected 'mask' or 'gather'")
         self.keep_ratio, self.beta, self.mode = keep_ratio, beta, mode
         self.explore_ratio, self.warmup_steps = explore_ratio, warmup_steps
-        heads = max(block.attn.num_heads for block in vit.blocks)  # rows beyond a block's own heads stay one
-        counts = torch.ones(len(vit.blocks), heads, self.prefix + self.patches)
-        self.register_buffer("ucb_count_scores", counts.to(vit.pos_embed.device))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=vit.pos_embed.device))
+        heads = max(block.attn.num_heads for block in vit.blocks)  # rows beyond a block's own heads count alike
+        device = next(vit.parameters()).device
+        counts = torch.ones(len(vit.blocks), heads, self.prefix + self.patches, device=device)
+        self.register_buffer("ucb_count_scores", counts)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=device))
 
     @property
     def arguments(self) -> dict:
