@@ -274,7 +274,8 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     target = folder(notebook, declaration, values)
     target.mkdir(parents=True, exist_ok=True)
     log = target / "log.txt"
-    print(f"{notebook}: no finished run with {wanted}, making it; its progress: {log}", flush=True)
+    asked = identity(wanted) or "the default parameters"
+    print(f"{notebook}: no finished run with {asked}, making it; its progress: {log}", flush=True)
     command = [sys.executable, "-m", "papermill", str(source), str(target / "notebook.ipynb"), "-k", "python3"]
     command += ["--log-output", "--no-progress-bar", "--cwd", str(root()), "-y", json.dumps(wanted)]
     with open(log, "w") as output:

@@ -1,23 +1,25 @@
 """Render every executed notebook of an output folder to HTML, with an index page: python report/build.py outputs
 
 The index shows the newest comparison (what was dropped, what it cost, what it bought) and every run with its
-pictures, its numbers and the command that makes it again. It opens from disk: nothing is loaded from elsewhere but
-MathJax, for the equations of the notebooks.
+pictures, its numbers and the command that makes it again. It opens from disk and loads nothing from elsewhere.
 """
 
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import jinja2
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 FIRST = ("kept", "counts", "training")  # the figure that stands for a run: the first of these it has
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 COLUMNS = {
     "arm": ("method, share kept", "{}"),
     "seeds": ("seeds", "{}"),
@@ -46,15 +48,26 @@ def embedded(picture: Path, width: int) -> str:
 
 
 def render(notebook: Path, page: Path) -> None:
-    """One executed notebook as an HTML page with its pictures inside."""
-    exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mermaid_js_url="")
+    """One executed notebook as an HTML page with its pictures and formulas inside."""
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    content = nbformat.read(notebook, as_version=4)
-    for cell in content.cells:  # progress bars and warnings are for whoever watches the run
-        if cell.cell_type == "code":
+    content, formulas = nbformat.read(notebook, as_version=4), {}
+
+    def set_aside(formula: re.Match) -> str:
+        """A mark for a LaTeX formula, whose MathML nbconvert would take apart; browsers show that without a script."""
+        mark, display = f"formula{len(formulas)}mark", "block" if formula.group(0).startswith("$$") else "inline"
+        formulas[mark] = convert(formula.group(1) or formula.group(2), display=display).replace("\\_", "_")
+        return mark
+
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(set_aside, cell.source)
+        if cell.cell_type == "code":  # progress bars and warnings are for whoever watches the run
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.output_type != "error"]
     title = f"{notebook.parent.parent.name}/{notebook.parent.name}"
-    page.write_text(exporter.from_notebook_node(content, {"metadata": {"name": title}})[0])
+    text = exporter.from_notebook_node(content, {"metadata": {"name": title}})[0]
+    text = re.sub(r"<script[^>]*></script>", "", text)  # what is left of loaders whose addresses are empty
+    page.write_text(re.sub(r"formula\d+mark", lambda mark: formulas[mark.group(0)], text))
 
 
 def run_card(run: Path, pages: Path) -> dict:
