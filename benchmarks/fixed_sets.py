@@ -2,8 +2,8 @@
 
     python benchmarks/fixed_sets.py outputs/ucb_stage1/<run> --keep-ratio 0.3
 
-ucb: what stage 2 freezes. block l: the ranking of that block alone. worst: the lowest ranked. spread: patches far apart,
-as far as the grid allows. If random or spread sets win, coverage matters more than rank: neighbours tell the model the same.
+ucb: what stage 2 freezes. block l: the ranking of that block alone. worst: the lowest ranked. spread: far apart
+on the grid. If random or spread sets win, coverage matters more than rank: neighbours tell the model the same.
 """
 
 import argparse
