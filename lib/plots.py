@@ -194,6 +194,7 @@ def trade_off(summary: pd.DataFrame, cost: str, label: str, metric: str) -> Figu
     star = {"marker": "*", "s": 190, "facecolor": "none", "edgecolor": "k", "zorder": 5, "label": "Pareto front"}
     axis.scatter(front[cost], front[metric], **star)
     axis.set(xlabel=label, ylabel=f"test {metric}, mean over seeds")
+    axis.set_ylim(top=min(1.01, axis.get_ylim()[1]))  # an interval from two seeds may reach beyond what is possible
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.legend()
     sns.despine(figure)
