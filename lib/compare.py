@@ -52,19 +52,20 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
             f"no finished run in {pattern} is on dataset {chosen!r}: found {', '.join({*table.dataset})}"
         )
     digest = table.digest[table.dataset == chosen].mode()[0]
-    reasons = {
-        f"on dataset other than {chosen}": table.dataset != chosen,
-        f"on other images than most runs on {chosen}": table.digest != digest,
-        "made like another run, with the same seed": table.duplicated(["made", "seed"]),
-    }
-    for reason, rejected in reversed(reasons.items()):
-        left_out |= {_name(Path(run)): reason for run in table.run[rejected]}
-        table = table[~rejected[table.index]]
+    twin = ["method", "keep_ratio", "made", "seed"]
+    for reason, rejected in (
+        (f"on dataset other than {chosen}", lambda rows: rows.dataset != chosen),
+        (f"on other images than most runs on {chosen}", lambda rows: rows.digest != digest),
+        ("made like another run, with the same seed", lambda rows: rows.duplicated(twin)),
+    ):
+        out = rejected(table)
+        left_out |= {_name(Path(run)): reason for run in table.run[out]}
+        table = table[~out]
     table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
     arms = table.method + " " + table.keep_ratio.map("{:g}".format)
     several = table.assign(arm=arms).groupby("arm").made.transform("nunique") > 1
     # where one method and ratio was made in several ways, each way is named after its first run
-    first = table.groupby("made").run.transform("first").map(lambda run: Path(run).name)
+    first = table.groupby([arms, "made"]).run.transform("first").map(lambda run: Path(run).name)
     table.insert(1, "arm", arms.where(~several, arms + " (" + first + ")"))
     return table.drop(columns=["made", "digest"]), left_out
 
