@@ -48,9 +48,8 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
     table = pd.DataFrame(rows)
     chosen = dataset or table.dataset.mode()[0]
     if chosen not in {*table.dataset}:
-        raise CompareError(
-            f"no finished run in {pattern} is on dataset {chosen!r}: found {', '.join({*table.dataset})}"
-        )
+        names = ", ".join(sorted({*table.dataset}))
+        raise CompareError(f"no finished run in {pattern} is on dataset {chosen!r}: found {names}")
     digest = table.digest[table.dataset == chosen].mode()[0]
     twin = ["method", "keep_ratio", "made", "seed"]
     for reason, rejected in (
