@@ -23,8 +23,6 @@ from lib import evaluate, losses, runs
 from lib.augment import Augment, mix, normalise, step_generator
 from lib.resume import States, defer_signals, interactive
 
-Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-
 
 @dataclass
 class Recipe:
@@ -79,7 +77,7 @@ def fit(
     recipe: Recipe,
     *,
     run: runs.Run,
-    loss: Loss = losses.task,
+    loss: losses.Loss = losses.task,
     on_step: Callable[[nn.Module, int], None] | None = None,
 ) -> list[dict]:
     """Train `model` in place on data.train; it ends with the weights that were best on data.val (or recipe.keep).
@@ -133,7 +131,7 @@ class _Rows(Dataset):
 class _Fitting:
     """One training under way: what is saved (epoch, batch, sums, history, model, optimiser, EMA, random state)."""
 
-    def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Run, loss: Loss, on_step: Any):
+    def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Run, loss: losses.Loss, on_step: Any):
         self.model, self.data, self.recipe, self.run, self.loss, self.on_step = model, data, recipe, run, loss, on_step
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
         self.accelerator = Accelerator(mixed_precision="no")

@@ -5,7 +5,9 @@ and records. Tokens are always ordered prefix (CLS, registers) first, then patch
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,13 @@ class Trace:
     """What left where, for one batch.
 
     logits: (B, classes).
-    kept:   per block, the indices of the patches it kept: (B, k), row-major on the patch grid.
+    kept:   per block, the indices of the patches it kept, ascending and row-major on the patch grid: (B, k), or a list
+            of B tensors (k_b,) where images may keep unequally many.
     depth:  (B, patches), the number of blocks that kept each patch.
     """
 
     logits: Tensor
-    kept: list[Tensor]
+    kept: list[Tensor] | list[list[Tensor]]
     depth: Tensor
 
 
@@ -70,6 +73,11 @@ class TokenPruner(nn.Module):
         return self.vit.patch_embed.num_patches
 
     @property
+    def grid_patches(self) -> int:
+        """Number of patches on the image's full grid, embedded or not."""
+        return math.prod(self.vit.patch_embed.grid_size)
+
+    @property
     def arguments(self) -> dict:
         """Constructor arguments besides `vit`, as plain JSON values: what models.save stores to rebuild this."""
         return {}
@@ -91,19 +99,25 @@ class TokenPruner(nn.Module):
         by gradient checkpointing decides as it did the first time."""
         return [()] * len(self.vit.blocks)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens (B, prefix + patches, D) as they enter the first block."""
+        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+
+    def checkpointed(self, step: Callable, *arguments: Any) -> Any:
+        """step(*arguments), recomputed in the backward pass where the ViT's gradient checkpointing is on."""
+        if self.vit.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(step, *arguments, use_reentrant=False)
+        return step(*arguments)
+
     def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits (B, classes), and per block the ids it kept (B, k) with whatever else `block` returned."""
-        vit = self.vit
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        x = self.embed(images)
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(len(x), -1)
         record = []
         for index, extra in enumerate(self.extra()):
-            if vit.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x, ids, *more = checkpoint(self.block, index, x, ids, *extra, use_reentrant=False)
-            else:
-                x, ids, *more = self.block(index, x, ids, *extra)
+            x, ids, *more = self.checkpointed(self.block, index, x, ids, *extra)
             record.append(tuple(more) or (ids,))
-        return vit.forward_head(vit.norm(x)), record
+        return self.vit.forward_head(self.vit.norm(x)), record
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
@@ -119,8 +133,7 @@ class TokenPruner(nn.Module):
         finally:
             self.train(training)
         kept = [self.original(first).sort(dim=1).values for first, *_ in record]
-        depth = torch.zeros(len(images), math.prod(self.vit.patch_embed.grid_size), dtype=torch.long)
-        depth = depth.to(logits.device)
+        depth = torch.zeros(len(images), self.grid_patches, dtype=torch.long, device=logits.device)
         for ids in kept:
             depth.scatter_add_(1, ids, torch.ones_like(ids))
         return Trace(logits, kept, depth)
