@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lib import evaluate
-from lib.augment import normalise
 from lib.pruners.tokens import TokenPruner
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
@@ -167,14 +166,18 @@ def patch_grid(models: Mapping[str, nn.Module]) -> tuple[int, int]:
 
 
 def kept(models: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, list[torch.Tensor]]:
-    """Per token pruner that drops anything, the patches each image (n, H, W, 3) is left with after the last block."""
-    x = normalise(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 255, data.mean, data.std)
+    """Per token pruner that drops anything, the patches of each image (n, H, W, 3) that stayed to its end.
+
+    Its end is the last block that kept any of its patches: with A-ViT an image may leave before the last block.
+    """
+    x = evaluate.inputs(images, data)
     patches, found = int(np.prod(patch_grid(models))), {}
     for name, model in models.items():
         if isinstance(model, TokenPruner):
-            last = model.trace(x.to(next(model.parameters()).device)).kept[-1].cpu()
-            if any(len(ids) < patches for ids in last):
-                found[name] = list(last)
+            kept = model.trace(x.to(next(model.parameters()).device)).kept
+            stayed = [next(ids.cpu() for ids in reversed(each) if len(ids)) for each in zip(*kept, strict=True)]
+            if any(len(ids) < patches for ids in stayed):
+                found[name] = stayed
     return found
 
 

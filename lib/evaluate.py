@@ -15,17 +15,30 @@ from torch import Tensor, nn
 
 from lib.augment import normalise
 from lib.costs import closed_form_macs, evaluating, latency, macs, place, vit_macs
-from lib.statistics import foreground, hypervolume, mcnemar, mean_ci, overlap, paired_bootstrap, pareto
+from lib.statistics import (
+    correlation,
+    evenly,
+    foreground,
+    hypervolume,
+    mcnemar,
+    mean_ci,
+    overlap,
+    paired_bootstrap,
+    pareto,
+)
 
 __all__ = [
     "Predictions",
+    "batch",
     "classification",
     "closed_form_macs",
     "confusion",
+    "correlation",
     "device",
     "foreground",
     "hypervolume",
     "image_shape",
+    "inputs",
     "latency",
     "macs",
     "mcnemar",
@@ -75,8 +88,8 @@ def predict(
             if images.dtype != torch.uint8 or images.ndim != 4:
                 found = f"{images.dtype} {tuple(images.shape)}"
                 raise ValueError(f"split.images: found {found}, expected uint8 (N, H, W, C)")
-            images = images.to(device).permute(0, 3, 1, 2).float() / 255
-            logits.append(model(normalise(images, mean, std)).float().cpu())
+            images = normalise(images.to(device).permute(0, 3, 1, 2).float() / 255, mean, std)
+            logits.append(model(images).float().cpu())
     return Predictions(torch.cat(logits), labels)  # outside inference mode: an ordinary tensor
 
 
@@ -127,11 +140,31 @@ def classification(
     }
 
 
-def test(model: nn.Module, data: Any, *, batch_size: int = 256) -> tuple[dict[str, Any], Predictions]:
-    """What every method reports of a model: `classification` on data.test, and `macs`; with the predictions."""
+def test(
+    model: nn.Module, data: Any, *, batch_size: int = 256, count_on: Tensor | None = None
+) -> tuple[dict[str, Any], Predictions]:
+    """What every method reports of a model: `classification` on data.test, and `macs`; with the predictions.
+
+    count_on: images (B, 3, H, W) to count multiply-adds on, for a model whose work depends on the image.
+    """
     found = predict(model, data.test, mean=data.mean, std=data.std, batch_size=batch_size)
     scores = classification(found.logits, found.labels, classes=data.classes)
-    return {**scores, **macs(model, image_shape(data))}, found
+    return {**scores, **macs(model, image_shape(data) if count_on is None else count_on)}, found
+
+
+def batch(data: Any, count: int, *, split: str = "test") -> Tensor:
+    """`count` images spread evenly over a split (all, where it has fewer), as a model is fed them: (n, 3, H, W).
+
+    For timing and counting, too: where the work depends on the image, noise would not do.
+    """
+    images = getattr(data, split).images
+    return inputs(images[evenly(len(images), count)], data)
+
+
+def inputs(images: np.ndarray, data: Any) -> Tensor:
+    """Images uint8 (n, H, W, 3) as a model is fed them: (n, 3, H, W), normalised by data.mean and data.std."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 255
+    return normalise(x, data.mean, data.std)
 
 
 def device() -> torch.device:

@@ -1,5 +1,6 @@
 """Losses. Each takes (model, images, targets) and returns the loss to minimise with named parts to log."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # the one that gradients pass through
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -28,19 +30,21 @@ def halting(
     its target, and with a teacher + distill_weight · KL(teacher ‖ model) of the predictions. Parts are logged without
     their weights.
 
-    The model is a lib.pruners.avit.AViT, bare or wrapped for several processes. distr_kl: see `divergence`. teacher: a
-    dense model, used in evaluation mode without gradient.
+    The model is a lib.pruners.avit.AViT, bare or wrapped for several processes. distr_kl: the direction, see
+    `divergence`. teacher: a dense model, used in evaluation mode without gradient.
     """
+    if distr_kl not in ("forward", "reverse"):
+        raise ValueError(f"distr_kl is {distr_kl!r}: expected forward or reverse")
     if distill_weight and teacher is None:
         raise ValueError(f"distill_weight is {distill_weight}: expected a teacher with it")
 
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits, found = model(images, with_halting=True)
-        scores = halting_distribution(found)
+        shares = halting_distribution(found)
         parts = {
             "task": F.cross_entropy(logits, targets),
             "ponder": ponder(found),
-            "distr": divergence(scores, target_distribution(len(scores), target_depth).to(scores), distr_kl),
+            "distr": divergence(shares, target_distribution(len(shares), target_depth).to(shares), distr_kl),
         }
         value = parts["task"] + ponder_weight * parts["ponder"] + distr_weight * parts["distr"]
         if distill_weight:
@@ -57,38 +61,41 @@ def ponder(found: Any) -> Tensor:
 
 
 def halting_distribution(found: Any) -> Tensor:
-    """H (L,): the mean halting score of each block over the patches that run in it, normalised to sum to one.
+    """log H (L,): of the mean halting score of each block over the patches that run in it, normalised to sum to one.
 
-    Over all images, those of the other processes of torch.distributed included; a block in which no patch runs has 0.
-    found: a lib.pruners.avit.Halting. Prefix tokens do not count: a class token that halts early says nothing of where
-    the image is dull.
+    Over all images, those of the other processes of torch.distributed included; a block in which no patch runs has the
+    smallest float and passes no gradient. found: a lib.pruners.avit.Halting. Prefix tokens do not count: a class
+    token that halts early says nothing of where the image is dull. In logarithms, since a gate centred at 75 scores
+    near 1e-33.
     """
     patches = slice(found.prefix, None)
-    sums = found.scores[:, :, patches].sum(dim=(1, 2))
-    counts = found.running[:, :, patches].sum(dim=(1, 2))
-    if dist.is_available() and dist.is_initialized():
-        from torch.distributed.nn.functional import all_reduce  # the one that gradients pass through
-
+    running = found.running[:, :, patches].flatten(1)  # (L, B · P)
+    floor = torch.finfo(found.gates.dtype).min
+    scores = F.logsigmoid(found.gates[:, :, patches].flatten(1).clamp(min=floor)).where(running, floor)
+    top, counts = scores.detach().amax(dim=1), running.sum(dim=1)
+    if distributed := dist.is_available() and dist.is_initialized():
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+    sums = ((scores - top[:, None]).exp() * running).sum(dim=1)
+    if distributed:
         sums, counts = all_reduce(sums), all_reduce(counts.to(sums))
-    means = sums / counts.clamp(min=1)
-    return means / means.sum().clamp(min=torch.finfo(means.dtype).tiny)
+    means = (sums.where(counts > 0, 1).log() + top - counts.clamp(min=1).log()).where(counts > 0, floor)
+    return means.log_softmax(dim=0)
 
 
 def target_distribution(blocks: int, depth: float) -> Tensor:
-    """A normal distribution of mean `depth` and variance one at the blocks 1 … L, normalised to sum to one: (L,)."""
-    return torch.softmax(-0.5 * (torch.arange(1, blocks + 1, dtype=torch.float64) - depth) ** 2, dim=0)
+    """The logarithm (L,) of a normal distribution of mean `depth` and variance one at the blocks 1 … L, normalised."""
+    return torch.log_softmax(-0.5 * (torch.arange(1, blocks + 1, dtype=torch.float64) - depth) ** 2, dim=0)
 
 
 def divergence(found: Tensor, target: Tensor, direction: str = "forward") -> Tensor:
-    """KL(found ‖ target) in nats where direction is "forward", KL(target ‖ found) where it is "reverse"; both (L,).
+    """KL in nats of two distributions given by their logarithms (L,): KL(found ‖ target) where direction is
+    "forward", KL(target ‖ found) where it is "reverse".
 
-    Where found is 0 the forward terms are 0 and pass no gradient; the reverse ones take the smallest float for it.
+    A block that is as good as impossible in `found` costs "reverse" what the smallest positive float would.
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction is {direction!r}: expected forward or reverse")
-    tiny = torch.finfo(found.dtype).tiny
-    log_found, log_target = found.clamp(min=tiny).log(), target.clamp(min=tiny).log()
-    return (found * (log_found - log_target) if direction == "forward" else target * (log_target - log_found)).sum()
+    if direction == "reverse":
+        found, target = target, found.clamp(min=math.log(torch.finfo(found.dtype).tiny))
+    return (found.exp() * (found - target)).sum()
 
 
 def distillation(logits: Tensor, teacher: Tensor) -> Tensor:

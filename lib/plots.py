@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lib.statistics import pareto
+from lib.statistics import evenly, pareto
 
 sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"figure.dpi": 100, "savefig.dpi": 150})
 HEAT = "viridis"
@@ -30,16 +30,12 @@ def _grid(rows: int, columns: int, size: float = 1.6) -> tuple[Figure, np.ndarra
 
 def spread(split: Any, count: int) -> np.ndarray:
     """`count` images (n, H, W, 3) spread evenly over a split, or all where it has fewer."""
-    return split.images[_spread(split, count)]
-
-
-def _spread(split: Any, count: int) -> np.ndarray:
-    return np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)
+    return split.images[evenly(len(split), count)]
 
 
 def samples(split: Any, classes: Sequence[str], count: int = 16) -> Figure:
     """Images spread evenly over a split, with their classes; the foreground outlined where the split has masks."""
-    chosen = _spread(split, count)
+    chosen = evenly(len(split), count)
     columns = min(8, len(chosen))
     figure, axes = _grid(-(-len(chosen) // columns), columns)
     for axis, index in zip(axes.flat, chosen, strict=False):
@@ -105,7 +101,8 @@ def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]
     figure, axes = _grid(len(kept), len(images))
     for row, (name, sets) in zip(axes, kept.items(), strict=True):
         each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
-        row[0].set_ylabel(f"{name}\n{len(each[0])} of {grid[0] * grid[1]}", fontsize=9)
+        mean = np.mean([len(one) for one in each])
+        row[0].set_ylabel(f"{name}\n{mean:.3g} of {grid[0] * grid[1]}", fontsize=9)
         for axis, image, one in zip(row, images, each, strict=True):
             axis.imshow(overlay(image, one, grid))
     return figure

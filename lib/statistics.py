@@ -120,6 +120,37 @@ def foreground(
     }
 
 
+def correlation(
+    values: Tensor, masks: Tensor | np.ndarray, grid: tuple[int, int], seed: int = 0
+) -> dict[str, float | int | None]:
+    """Whether a value per patch follows the foreground: Pearson's r over an image's patches, mean over images.
+
+    `values` (B, P): depths or scores; `masks` (B, H, W), non-zero on the foreground, of which each patch has a share.
+    `correlation`: of each image's own map. `correlation_fixed`: of the mean map of all images, which knows where the
+    foreground usually is but not where it is here. `correlation_random`: of the own maps with patches shuffled.
+    `correlation_n`: images that count, those whose map and mask both vary; None where there are none.
+    """
+    values, masks = values.double().cpu(), torch.as_tensor(masks)
+    share = F.adaptive_avg_pool2d((masks != 0).double()[:, None], grid).flatten(1)  # (B, P)
+    counts = (values.std(dim=1) > 0) & (share.std(dim=1) > 0)
+    values, share = values[counts], share[counts]
+    order = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    maps = {"": values, "_fixed": values.mean(dim=0).expand_as(values), "_random": values.gather(1, order)}
+    found = {f"correlation{name}": _mean(_pearson(one, share)) for name, one in maps.items()}
+    return {**found, "correlation_n": len(values)}
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's r of each row of a and b (B, P): (B,); 0 where a does not vary."""
+    a, b = (t - t.mean(dim=1, keepdim=True) for t in (a, b))
+    return F.cosine_similarity(a, b, dim=1)
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """`count` indices spread evenly over 0 … total − 1, or all where there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
+
+
 def overlap(kept_a: Tensor | Sequence[Tensor], kept_b: Tensor | Sequence[Tensor]) -> float:
     """Mean over images of |A ∩ B| / |A ∪ B| of two kept sets, given as for `foreground`; ∅ with ∅ is 1."""
     batch = max(1 if isinstance(k, Tensor) and k.ndim == 1 else len(k) for k in (kept_a, kept_b))

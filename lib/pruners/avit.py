@@ -18,6 +18,7 @@ A token's depth is the number of blocks it ran in while its image was running, i
 the class token never changes the logits.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -32,12 +33,12 @@ from lib.pruners.tokens import TokenPruner, Trace
 class Halting:
     """What every token did, for the losses: L blocks, B images, N tokens, prefix tokens first.
 
-    ponder: ρ, (B, N). scores: h_l of the running tokens and 0 of the halted, (L, B, N), the last block's as the gate
-    gives it. running: (L, B, N), whether the token entered block l. prefix: the number of prefix tokens.
+    ponder: ρ, (B, N). gates: γ · t[0] + β after every block, the last included, (L, B, N); of no meaning for halted
+    tokens. running: (L, B, N), whether the token entered block l. prefix: the number of prefix tokens.
     """
 
     ponder: Tensor
-    scores: Tensor
+    gates: Tensor
     running: Tensor
     prefix: int
 
@@ -73,8 +74,10 @@ class AViT(TokenPruner):
         mode: str = "mask",
     ):
         super().__init__(vit)
-        if not gate_scale > 0:
-            raise ValueError(f"gate_scale is {gate_scale}: expected a number above 0")
+        if not 0 < gate_scale < float("inf"):
+            raise ValueError(f"gate_scale is {gate_scale}: expected a finite number above 0")
+        if math.isnan(gate_center):
+            raise ValueError(f"gate_center is {gate_center}: expected a number")
         if not 0 < eps < 1:
             raise ValueError(f"eps is {eps}: expected a share in (0, 1)")
         if mode not in ("mask", "gather"):
@@ -121,14 +124,17 @@ class AViT(TokenPruner):
         return Trace(logits, kept, grid.sum(dim=0))
 
     def gate(self, x: Tensor) -> Tensor:
-        """Halting scores of tokens (…, D): (…), at least float32 so that sums against 1 − ε mean something."""
+        """γ · t[0] + β of tokens (…, D), whose sigmoid is the halting score: (…), float32 at least, or sums of scores
+        against 1 − ε would mean nothing."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return (self.gate_scale.to(dtype) * x[..., 0].to(dtype) - self.gate_center.to(dtype)).sigmoid()
+        return self.gate_scale.to(dtype) * x[..., 0].to(dtype) - self.gate_center.to(dtype)
 
     @property
     def _read(self) -> slice:
-        """The tokens whose outputs the head reads."""
-        return slice(0, 1) if self.vit.global_pool == "token" else slice(None)
+        """The tokens whose outputs the head reads: an image runs as long as one of them does."""
+        if self.vit.global_pool == "token":
+            return slice(0, 1)
+        return slice(self.prefix if self.vit.attn_pool is None and self.vit.global_pool else 0, None)
 
     def _head(self, out: Tensor) -> Tensor:
         return self.vit.forward_head(self.vit.norm(out))
@@ -136,24 +142,23 @@ class AViT(TokenPruner):
     def _masked(self, images: Tensor) -> tuple[Tensor, Halting]:
         x = self.embed(images)
         running = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        out, ponder, total, scores, ran = 0, 0, 0, [], []
+        out, ponder, total, gates, ran = 0, 0, 0, [], []
         for index in range(len(self.vit.blocks)):
-            x = self.checkpointed(self._masked_block, index, x * running[..., None], running)
-            h = self.gate(x)
-            scores.append(h * running)
+            x = self.checkpointed(self._masked_block, index, x, running)
+            gates.append(self.gate(x))
             ran.append(running)
-            if index == len(self.vit.blocks) - 1:
-                h = torch.ones_like(h)
+            h = gates[-1].sigmoid() if index < len(self.vit.blocks) - 1 else torch.ones_like(gates[-1])
             weight, done = halt(h, total, self.eps)
             weight = weight * running
-            out = out + (weight[..., None] * x)[:, self._read].to(x.dtype)
+            out = out + (weight[..., None] * x)[:, : self._read.stop].to(x.dtype)
             ponder = ponder + running + weight * done
             total, running = total + h, running & ~done
-        return self._head(out), Halting(ponder, torch.stack(scores), torch.stack(ran), self.prefix)
+        return self._head(out), Halting(ponder, torch.stack(gates), torch.stack(ran), self.prefix)
 
     def _masked_block(self, index: int, x: Tensor, running: Tensor) -> Tensor:
         block = self.vit.blocks[index]
-        keys = running | ~running.any(dim=1, keepdim=True)  # a softmax over no key at all would be NaN
+        # Halted tokens are computed on, but nobody sees them. A softmax over no key at all would be NaN.
+        keys = running | ~running.any(dim=1, keepdim=True)
         fed = block.norm1(x)
         heads = blocks.attend(block.attn, *blocks.qkv(block.attn, fed), keys[:, None, None])
         x = blocks.add_attention(block, x, blocks.project(block.attn, heads, fed))
@@ -168,17 +173,18 @@ class AViT(TokenPruner):
         """Logits, and which tokens ran where while their image did, (L, B, N)."""
         x, last = self.embed(images), len(self.vit.blocks) - 1
         B, N, D = x.shape
-        out = torch.zeros_like(x[:, self._read])
+        out, heeded = torch.zeros_like(x[:, : self._read.stop]), torch.zeros(N, dtype=torch.bool, device=x.device)
+        heeded[self._read] = True
         ran = torch.zeros(last + 1, B, N, dtype=torch.bool, device=x.device)
         # Packed: the running tokens of all running images, image after image. number = image · N + token.
         x, number, total, counts = x.flatten(0, 1), torch.arange(B * N, device=x.device), 0, [N] * B
         for index, block in enumerate(self.vit.blocks):
             ran[index].view(-1)[number] = True
             x = self._packed_block(block, x, counts)
-            h = self.gate(x) if index < last else x.new_ones(len(x))
+            h = self.gate(x).sigmoid() if index < last else x.new_ones(len(x))
             weight, done = halt(h, total, self.eps)
             image, token = number // N, number % N
-            read = (token < out.shape[1]).nonzero()[:, 0]
+            read = heeded[token].nonzero()[:, 0]
             out[image[read], token[read]] += (weight[read, None] * x[read]).to(x.dtype)
 
             settled = torch.ones(B, dtype=torch.bool, device=x.device).index_fill_(0, image[read[~done[read]]], False)
@@ -191,7 +197,7 @@ class AViT(TokenPruner):
                 # by count, so that images of equal count lie side by side, then by image, then by token
                 stay = stay[(left * B + torch.arange(B, device=x.device))[image[stay]].argsort(stable=True)]
                 counts = sorted(n for n in left.tolist() if n)
-                x, number, total = x[stay], number[stay], total[stay]
+                x, number, total = (t.index_select(0, stay) for t in (x, number, total))
         return self._head(out), ran
 
     def _packed_block(self, block: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
@@ -214,11 +220,13 @@ def attend_packed(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, counts: list
 
 
 def _attend_by_count(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-    found, start = [], 0
-    for count, images in ((count, len([*same])) for count, same in groupby(counts)):
-        part = slice(start, start := start + images * count)
-        alike = (t[0, :, part].unflatten(1, (images, count)).transpose(0, 1) for t in (q, k, v))
-        found.append(blocks.attend(attn, *alike).transpose(1, 2).flatten(0, 1))
+    alike = [(count, len([*same])) for count, same in groupby(counts)]
+    parts = zip(*(t.split([count * images for count, images in alike], dim=2) for t in (q, k, v)), strict=True)
+    found = []
+    for (count, images), part in zip(alike, parts, strict=True):
+        if images > 1:  # (1, H, images · count, d) to (images, H, count, d)
+            part = (t[0].unflatten(1, (images, count)).transpose(0, 1) for t in part)
+        found.append(blocks.attend(attn, *part).transpose(1, 2).flatten(0, 1))
     return torch.cat(found)[None].transpose(1, 2)
 
 
