@@ -3,7 +3,8 @@
 #   snakemake --cores 2 --configfile sweeps/demo.yaml
 #
 # A sweep file lists stages. Every list among a stage's parameters is varied, every combination is a run. `needs` says
-# which parameter takes the run of an earlier stage: the one that agrees in all parameters both stages vary.
+# which parameter takes the run of an earlier stage, named by its notebook: the one that agrees in all parameters both
+# stages vary. For a comparison's `runs` it says which notebooks' runs to wait for.
 import itertools
 import json
 import sys
@@ -19,6 +20,7 @@ def expand_stages(stages):
     """{"notebook/run": {"parameters": …, "varied": …, "upstream": [runs]}}, parameters checked before anything starts."""
     found = {}
     for stage in stages:
+        earlier = dict(found)
         notebook, given = stage["notebook"], stage.get("parameters", {})
         lists = {name: values for name, values in given.items() if isinstance(values, list)}
         for combination in itertools.product(*lists.values()):
@@ -30,8 +32,9 @@ def expand_stages(stages):
             for parameter, needed in stage.get("needs", {}).items():
                 agreeing = [
                     run
-                    for run, other in found.items()
-                    if run.split("/")[0] == needed and all(varied.get(k, v) == v for k, v in other["varied"].items())
+                    for run, other in earlier.items()
+                    if run.split("/")[0] in (needed if isinstance(needed, list) else [needed])
+                    and all(varied.get(k, v) == v for k, v in other["varied"].items())
                 ]
                 upstream += agreeing
                 if parameter != "runs" and len(agreeing) != 1:

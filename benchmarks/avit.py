@@ -13,8 +13,6 @@ ceiling: the same blocks on as many images and tokens per block, in rectangular 
 share:   time of the ceiling / time of gather, round by round; 1 means that selecting costs nothing.
 """
 
-import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib import data, evaluate, models, runs
+from lib import evaluate, models
 from lib.pruners import avit
 from lib.pruners.avit import AViT
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lib import evaluate
 from lib.pruners.tokens import TokenPruner
+from lib.runs import resolve
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
@@ -26,8 +27,9 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
     """Finished runs whose folders match a glob, one row each, and why the others were left out, by run.
 
     Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. An arm is one method
-    made in one way, with one row per seed; it is named by method and ratio, and where those are made in several ways
-    by the folder too. dataset "" is the most frequent one; runs on other images under its name are left out.
+    made in one way, with one row per seed. It is named by method and keep_ratio, or `setting` for methods without a
+    ratio; where those are made in several ways, by the folder too. dataset "" is the most frequent one; runs on other
+    images under its name are left out.
     """
     rows, left_out = [], {}
     base, relative = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
@@ -36,12 +38,12 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
         if not (run / "DONE").exists():
             left_out[_name(run)] = "not finished (no DONE)"
             continue
-        metrics, params, facts = (_read(run / f"{file}.json") for file in ("metrics", "params", "provenance"))
+        metrics, params, facts = (read(run, name) for name in ("metrics", "params", "provenance"))
         if "method" not in metrics:
             continue  # a comparison, or a step on the way to a method
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
         made = {"run": str(run), "made": _making(run), "digest": facts.get("dataset_digest")}
-        rows.append({**made, "seed": params.get("seed", 0), **numbers})
+        rows.append({**made, "seed": params.get("seed", 0), "keep_ratio": np.nan, "setting": None, **numbers})
     if not rows:
         raise CompareError(f"no finished run in {pattern} ({len(left_out)} unfinished): run a method's notebook first")
     table = pd.DataFrame(rows)
@@ -60,16 +62,18 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
         left_out |= {_name(Path(run)): reason for run in table.run[out]}
         table = table[~out]
     table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
-    arms = table.method + " " + table.keep_ratio.map("{:g}".format)
+    settings = table.setting.fillna(table.keep_ratio.map("{:g}".format))
+    arms = table.method + " " + settings
     several = table.assign(arm=arms).groupby("arm").made.transform("nunique") > 1
     # where one method and ratio was made in several ways, each way is named after its first run
     first = table.groupby([arms, "made"]).run.transform("first").map(lambda run: Path(run).name)
     table.insert(1, "arm", arms.where(~several, arms + " (" + first + ")"))
-    return table.drop(columns=["made", "digest"]), left_out
+    return table.drop(columns=["made", "digest", "setting"]), left_out
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def read(run: str | Path, name: str) -> dict[str, Any]:
+    """<name>.json of a run's folder."""
+    return json.loads((Path(run) / f"{name}.json").read_text())
 
 
 def _name(run: Path) -> str:
@@ -78,9 +82,9 @@ def _name(run: Path) -> str:
 
 def _making(run: Path) -> str:
     """How a run was made, seeds and places aside: its parameters, and those of the runs it started from."""
-    params = {name: value for name, value in _read(run / "params.json").items() if name not in NOT_MAKING}
-    provenance = run / "provenance.json"
-    start = Path(_read(provenance).get("start") or "") if provenance.exists() else Path()
+    start = Path(read(run, "provenance").get("start") or "") if (run / "provenance.json").exists() else Path()
+    params = {name: value for name, value in read(run, "params").items()
+              if name not in NOT_MAKING and resolve(str(value)) != str(start)}  # fmt: skip
     above = _making(start) if (start / "params.json").is_file() else str(start)
     return json.dumps([run.parent.name, params, above], sort_keys=True)
 
@@ -109,7 +113,7 @@ def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
         row = {"arm": arm, "method": first.method, "keep_ratio": first.keep_ratio, "seeds": len(runs), metric: mean}
         row |= {"±": half, "difference": mean - table[metric][table.arm == against].mean()}
         row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"], "macs_g": first.macs_g}
-        shown = ("params_m", "latency_ms", "speedup", "foreground_recall")
+        shown = ("params_m", "latency_ms", "speedup", "mean_depth", "foreground_recall")
         row |= {name: float(runs[name].mean()) for name in shown if name in table}
         rows.append({**row, "n_test": int(first.n)})
     found = pd.DataFrame(rows)

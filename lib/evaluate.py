@@ -29,6 +29,7 @@ from lib.statistics import (
 
 __all__ = [
     "Predictions",
+    "Traces",
     "batch",
     "classification",
     "closed_form_macs",
@@ -48,6 +49,7 @@ __all__ = [
     "pareto",
     "predict",
     "test",
+    "traces",
     "vit_macs",
 ]  # fmt: skip
 
@@ -150,6 +152,24 @@ def test(
     found = predict(model, data.test, mean=data.mean, std=data.std, batch_size=batch_size)
     scores = classification(found.logits, found.labels, classes=data.classes)
     return {**scores, **macs(model, image_shape(data) if count_on is None else count_on)}, found
+
+
+class Traces(NamedTuple):
+    """Where the patches of N images went, on the CPU: depth (N, patches), how many blocks kept each; tokens (N, L),
+    how many patches each block kept."""
+
+    depth: Tensor
+    tokens: Tensor
+
+
+def traces(model: nn.Module, data: Any, *, batch_size: int = 256) -> Traces:
+    """`model.trace` of a token pruner over all test images."""
+    depth, tokens, where = [], [], next(model.parameters()).device
+    for start in range(0, len(data.test), batch_size):
+        trace = model.trace(inputs(data.test.images[start : start + batch_size], data).to(where))
+        depth.append(trace.depth.cpu())
+        tokens.append(torch.tensor([[len(ids) for ids in block] for block in trace.kept]).T)
+    return Traces(torch.cat(depth), torch.cat(tokens))
 
 
 def batch(data: Any, count: int, *, split: str = "test") -> Tensor:

@@ -40,9 +40,9 @@ def create(
 ) -> nn.Module:
     """A ViT by name: one of PRESETS or any timm ViT, with timm's own overrides (patch_size, embed_dim, depth, …).
 
-    weights: None (random), "pretrained" (timm's hub) or a local file: .safetensors, or a .bin/.pth state dict read
-    with weights_only. A head for other classes is left out and stays random, position embeddings are resized to
-    img_size; anything else that does not fit raises ModelError.
+    weights: None (random), "pretrained" (timm's hub), a run's folder or a local file: .safetensors, or a .bin/.pth
+    state dict read with weights_only. A head for other classes is left out and stays random, position embeddings are
+    resized to img_size; anything else that does not fit raises ModelError.
     """
     overrides = dict(timm_kwargs, num_classes=num_classes)
     if img_size is not None:
@@ -69,7 +69,7 @@ def create(
             raise ModelError(f"img_size {size[0]} is not a multiple of patch_size {patch[0]}")
     model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": timm_kwargs}
     if weights not in (None, "", "pretrained"):
-        _load_weights(model, Path(weights))
+        _load_weights(model, Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights))
     return model
 
 

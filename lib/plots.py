@@ -121,6 +121,61 @@ def heat(values: np.ndarray, grid: tuple[int, int], images: np.ndarray, label: s
     return figure
 
 
+def depth_maps(images: np.ndarray, depth: np.ndarray, grid: tuple[int, int], blocks: int) -> Figure:
+    """Images (n, H, W, 3) above the number of blocks that each of their patches ran in, depth (n, P)."""
+    figure, axes = _grid(2, len(images))
+    for column, image, one in zip(axes.T, images, np.asarray(depth), strict=True):
+        column[0].imshow(image)
+        column[0].set_title(f"mean {one.mean():.1f}", fontsize=9)
+        drawn = column[1].imshow(one.reshape(grid), cmap=HEAT, vmin=0, vmax=blocks)
+    figure.colorbar(drawn, ax=list(axes.flat), label="depth (blocks)", shrink=0.8)
+    return figure
+
+
+def halting_maps(images: np.ndarray, depth: np.ndarray, grid: tuple[int, int], blocks: int) -> Figure:
+    """One row per image (n, H, W, 3) with its depth (n, P): five ways to see which patches ran how long."""
+    figure, axes = _grid(len(images), 5, size=2.0)
+    titles = ("image", "depth", "image × depth", "ran to the end", "what ran to the end")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    for row, image, one in zip(axes, images, np.asarray(depth), strict=True):
+        ended = one == one.max()  # the image ends with its longest-running patches
+        row[0].imshow(image)
+        drawn = row[1].imshow(_upsampled(one.reshape(grid), image), cmap=HEAT, vmin=0, vmax=blocks)
+        row[2].imshow((image * (_upsampled(one.reshape(grid), image) / blocks)[..., None]).astype(np.uint8))
+        row[3].imshow(_upsampled(ended.reshape(grid), image), cmap="gray", vmin=0, vmax=1)
+        row[3].set_xlabel(f"{ended.sum()} of {ended.size}", fontsize=9)
+        row[4].imshow(overlay(image, np.flatnonzero(ended), grid))
+    figure.colorbar(drawn, ax=list(axes[:, :2].flat), label="depth (blocks)", shrink=0.8, location="left")
+    return figure
+
+
+def halting(depth: np.ndarray, tokens: np.ndarray, shares: np.ndarray, target: np.ndarray) -> Figure:
+    """How long patches run: depth (n, P) as a histogram, tokens (n, L) left per block, and the halting distribution
+    `shares` (L,) against its `target` (L,)."""
+    depth, tokens, blocks = np.asarray(depth), np.asarray(tokens), np.arange(1, len(shares) + 1)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    counted = np.bincount(depth.flatten(), minlength=len(shares) + 1)[1:] / depth.size
+    left.bar(blocks, counted, color="C0")
+    left.axvline(depth.mean(), color="k", linestyle="--", linewidth=1)
+    left.set(xlabel="depth (blocks)", ylabel="share of the patches", title=f"mean depth {depth.mean():.2f}")
+    middle.fill_between(blocks, *np.quantile(tokens, [0.1, 0.9], axis=0), alpha=0.25, label="8 of 10 images")
+    middle.plot(blocks, tokens.mean(axis=0), marker="o", label="mean")
+    middle.axhline(depth.shape[1], color="0.6", linestyle=":", label="dense")
+    middle.set(xlabel="block", ylabel="patches that run", ylim=(0, None))
+    middle.legend()
+    right.bar(blocks, shares, color="C2", label="halting scores")
+    right.plot(blocks, target, color="k", marker="o", markersize=4, label="target")
+    right.set(xlabel="block", ylabel="share, summing to one")
+    right.legend()
+    for axis in (left, right):
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axis in (left, middle, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    sns.despine(figure)
+    return figure
+
+
 def layers(values: np.ndarray, grid: tuple[int, int], label: str) -> Figure:
     """A value per block and patch (L, P): one map per block on one colour scale, and their mean."""
     values = np.asarray(values)

@@ -18,7 +18,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-FIRST = ("kept", "counts", "training")  # the figure that stands for a run: the first of these it has
+FIRST = ("kept", "counts", "maps", "depth", "training")  # the figure that stands for a run: the first of these it has
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 COLUMNS = {
     "arm": ("method, share kept", "{}"),
@@ -30,6 +30,7 @@ COLUMNS = {
     "macs_g": ("GMACs", "{:.3f}"),
     "latency_ms": ("ms / batch", "{:.1f}"),
     "speedup": ("speed", "{:.2f}×"),
+    "mean_depth": ("blocks / patch", "{:.2f}"),
     "foreground_recall": ("foreground kept", "{:.0%}"),
 }
 

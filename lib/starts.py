@@ -1,0 +1,53 @@
+"""Where a method's notebook starts: a dense model with the data it was trained on, found, made or new."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lib import data, evaluate, models, runs
+
+MAKING = ("dataset", "h5_dir", "labels_csv", "arch", "weights", "img_size", "normalise")  # of the run of dense.ipynb
+
+
+class Start(NamedTuple):
+    """path: of the model's run or file, "" where it is new. vit: in evaluation mode, unless new. images: what
+    lib.data.load returns, normalised. about: the metadata to save with every model that comes of this one."""
+
+    path: str
+    vit: nn.Module
+    images: Any
+    about: dict[str, Any]
+
+
+def dense(run: runs.Run) -> Start:
+    """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt`.
+
+    ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch"
+    takes random weights. ParameterError where a parameter is set that would then do nothing.
+    """
+    params = {name: run.params[name] for name in MAKING if name in run.params}
+    ckpt = run.params["ckpt"]
+    if ckpt == "scratch":
+        run.refuse("weights", because="ckpt scratch takes none")
+        size = params["img_size"] or None
+        about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
+        images = load(about)
+        vit = models.create(params["arch"], len(images.classes), size)
+        models.match(vit, evaluate.image_shape(images))
+        return Start("", vit, images, about | {"classes": images.classes, "mean": images.mean, "std": images.std})
+    if ckpt:
+        run.refuse(*params, because="ckpt brings its own")
+    params["dataset"] = params.pop("h5_dir", "") or params["dataset"]
+    path = runs.resolve(ckpt) or str(runs.ensure("dense", run.params["output_dir"], **params))
+    about = models.origin(path)
+    return Start(path, models.load(path), load(about), about)
+
+
+def load(about: dict[str, Any]) -> Any:
+    """The data that a model's metadata names, as the model was fed it."""
+    return data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
+
+
+def _source(params: dict[str, Any]) -> dict[str, str | None]:
+    dataset = params.get("h5_dir") or params["dataset"]
+    return {"dataset": runs.resolve(dataset), "labels_csv": runs.resolve(params["labels_csv"]) or None}
