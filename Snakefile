@@ -3,8 +3,8 @@
 #   snakemake --cores 2 --configfile sweeps/demo.yaml
 #
 # A sweep file lists stages. Every list among a stage's parameters is varied, every combination is a run. `needs` says
-# which parameter takes the run of an earlier stage, named by its notebook: the one that agrees in all parameters both
-# stages vary. For a comparison's `runs` it says which notebooks' runs to wait for.
+# which parameter takes the run of an earlier stage, named by notebook or notebook/stage: the one that agrees in all
+# parameters both stages vary. A list of them is only waited for: what a comparison's glob is to find.
 import itertools
 import json
 import sys
@@ -17,36 +17,37 @@ THREADS = config.get("threads", 1)
 
 
 def expand_stages(stages):
-    """{"notebook/run": {"parameters": …, "varied": …, "upstream": [runs]}}, parameters checked before anything starts."""
+    """{"notebook/run": {"parameters": …, "varied": …, "upstream": [runs], "stage": …}}; parameters are checked first."""
     found = {}
     for stage in stages:
-        earlier = dict(found)
-        notebook, given = stage["notebook"], stage.get("parameters", {})
+        notebook, label, given = stage["notebook"], stage.get("name", config["name"]), stage.get("parameters", {})
         lists = {name: values for name, values in given.items() if isinstance(values, list)}
+        earlier = dict(found)
         for combination in itertools.product(*lists.values()):
             varied = dict(zip(lists, combination))
             values = {**given, **varied}
             shown = [str(v) if isinstance(v, str) else f"{k}{v}" for k, v in varied.items()]
-            name = "-".join([stage.get("name", config["name"]), *shown])
+            name = "-".join([label, *shown])
             upstream = []
             for parameter, needed in stage.get("needs", {}).items():
                 agreeing = [
                     run
                     for run, other in earlier.items()
-                    if run.split("/")[0] in (needed if isinstance(needed, list) else [needed])
+                    if {run.split("/")[0], other["stage"]} & {*([needed] if isinstance(needed, str) else needed)}
                     and all(varied.get(k, v) == v for k, v in other["varied"].items())
                 ]
                 upstream += agreeing
-                if parameter != "runs" and len(agreeing) != 1:
+                if isinstance(needed, str) and len(agreeing) != 1:
                     sys.exit(f"{notebook}/{name}: {len(agreeing)} runs of {needed} fit its {parameter}, expected one")
-                if parameter != "runs":
+                if isinstance(needed, str):
                     values[parameter] = f"{OUTPUT}/{agreeing[0]}"
             values |= {"run_name": name, "output_dir": OUTPUT}
             try:
                 params.check(params.declared_in(Path(f"notebooks/{notebook}.ipynb")), values)
             except params.ParameterError as error:
                 sys.exit(f"{notebook} in this sweep: {error}")
-            found[f"{notebook}/{name}"] = {"parameters": values, "varied": varied, "upstream": upstream}
+            run = {"parameters": values, "varied": varied, "upstream": upstream, "stage": f"{notebook}/{label}"}
+            found[f"{notebook}/{name}"] = run
     return found
 
 

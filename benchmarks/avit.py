@@ -13,6 +13,8 @@ ceiling: the same blocks on as many images and tokens per block, in rectangular 
 share:   time of the ceiling / time of gather, round by round; 1 means that selecting costs nothing.
 """
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib import evaluate, models
+from lib import evaluate, models, runs, starts
 from lib.pruners import avit
 from lib.pruners.avit import AViT
 
@@ -79,41 +81,85 @@ def against_ceiling(arch: str, depths: Tensor, repeats: int) -> dict:
     return row | {"share_iqr": share.speedup_iqr["gather"]}
 
 
-def attention_of_unequal_counts(arch: str, depths: Tensor, repeats: int) -> pd.DataFrame:
-    """Ways to run attention on packed tokens of unequal counts, in time relative to a rectangular batch of their mean.
+def against_other_modes(archs: list[str], batches: list[int], repeats: int) -> pd.DataFrame:
+    """Speed relative to the dense model (mask, gather, ceiling), and the share of the ceiling that gather reaches."""
+    return pd.DataFrame(against_ceiling(arch, depths(batch), repeats) for arch in archs for batch in batches)
 
-    Counts are those of the block in the middle. by_count: a call per run of equal counts, no padding (lib's choice on
-    CPU). padded: one call (lib's choice elsewhere). nested: torch.nested's jagged layout.
+
+def attention_of_unequal_counts(archs: list[str], batches: list[int], repeats: int) -> pd.DataFrame:
+    """Time of attention on packed tokens of unequal counts, relative to a rectangular batch of their mean count.
+
+    by_count: a call per run of equal counts, no padding (lib's choice on CPU). padded: one call (lib's choice
+    elsewhere). nested: torch.nested's jagged layout. Counts are those of the block in the middle.
     """
+    return pd.DataFrame(ways_to_attend(arch, depths(batch), repeats) for arch in archs for batch in batches)
+
+
+def ways_to_attend(arch: str, found: Tensor, repeats: int) -> dict:
+    """One row of attention_of_unequal_counts."""
     vit = models.create(arch, 1000).eval()
     attn = vit.blocks[0].attn
-    middle = len(vit.blocks) // 2
-    counts = sorted(n for n in (depths > middle).sum(1).tolist() if n)
-    mean = round(sum(counts) / len(counts))
+    counts = sorted(n for n in (found > len(vit.blocks) // 2).sum(1).tolist() if n)
     packed = torch.randn(3, 1, sum(counts), attn.num_heads, attn.head_dim).transpose(2, 3)
-    even = torch.randn(3, len(counts), mean, attn.num_heads, attn.head_dim).transpose(2, 3)
+    even = torch.randn(3, len(counts), round(sum(counts) / len(counts)), attn.num_heads, attn.head_dim).transpose(2, 3)
     ways = {
         "rectangular": lambda: nn.functional.scaled_dot_product_attention(*even),
         "by_count": lambda: avit._attend_by_count(attn, *packed, counts),
         "padded": lambda: avit._attend_padded(attn, *packed, counts),
-        "nested": lambda: _attend_nested(*packed, counts),
+        "nested": lambda: attend_nested(*packed, counts),
     }
-    models_of = {name: _Call(way) for name, way in ways.items()}
-    table = evaluate.latency(models_of, torch.zeros(1), repeats=repeats, device="cpu")
-    return table.assign(time=1 / table.speedup, arch=arch)[["arch", "model", "time"]]
+    calls = {name: Call(way) for name, way in ways.items()}
+    table = evaluate.latency(calls, torch.zeros(1), repeats=repeats, device="cpu").set_index("model")
+    shape = {"arch": arch, "images": len(counts), "tokens": sum(counts), "different counts": len({*counts})}
+    return shape | {name: 1 / table.speedup[name] for name in ways}
 
 
-def _attend_nested(q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
+def attend_nested(q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
+    """Attention within each image by torch.nested; q, k, v (1, H, T, d)."""
     offsets = torch.tensor([0, *np.cumsum(counts)])
     jagged = (torch.nested.nested_tensor_from_jagged(t[0].transpose(0, 1).contiguous(), offsets) for t in (q, k, v))
     found = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in jagged))
     return found.transpose(1, 2).values().transpose(0, 1)[None]
 
 
-class _Call(nn.Module):
-    def __init__(self, function):
+class Call(nn.Module):
+    """A function of nothing, to be timed as a model."""
+
+    def __init__(self, function: Callable[[], Tensor]):
         super().__init__()
         self.function = function
 
     def forward(self, _: Tensor) -> Tensor:
         return self.function()
+
+
+def depths(batch: int) -> Tensor:
+    """Depths (batch, N) of real images, again from the first where the file has fewer."""
+    found = torch.from_numpy(np.load(DEPTHS)["depths"]).long()
+    return found[torch.arange(batch) % len(found)]
+
+
+def record(run: str, count: int = 64) -> None:
+    """Save how many blocks each token of test images ran in, the class token first."""
+    model = models.load(run)
+    images = starts.load(models.origin(run, "avit.AViT"))
+    with torch.inference_mode():
+        ran = model._gathered(evaluate.batch(images, count))[1]
+    np.savez_compressed(DEPTHS, depths=ran.sum(0).numpy().astype(np.uint8))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--arch", nargs="+", default=["vit_tiny_patch16_224", "vit_small_patch16_224"])
+    parser.add_argument("--record", metavar="RUN", help="a run of avit.ipynb whose depths to save")
+    arguments = parser.parse_args()
+    if arguments.record:
+        record(arguments.record)
+    facts = runs.provenance()
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, fp32")
+    pd.options.display.width = 160
+    for table in (against_other_modes, attention_of_unequal_counts):
+        print(f"\n{table.__doc__}")
+        print(table(arguments.arch, arguments.batch, arguments.repeats).round(3).to_string(index=False))

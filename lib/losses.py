@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # the one that gradients pass through
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -72,14 +71,23 @@ def halting_distribution(found: Any) -> Tensor:
     running = found.running[:, :, patches].flatten(1)  # (L, B · P)
     floor = torch.finfo(found.gates.dtype).min
     scores = F.logsigmoid(found.gates[:, :, patches].flatten(1).clamp(min=floor)).where(running, floor)
-    top, counts = scores.detach().amax(dim=1), running.sum(dim=1)
+    top, counts = scores.detach().amax(dim=1), running.sum(dim=1).to(scores)
     if distributed := dist.is_available() and dist.is_initialized():
         dist.all_reduce(top, dist.ReduceOp.MAX)
+        dist.all_reduce(counts)
     sums = ((scores - top[:, None]).exp() * running).sum(dim=1)
     if distributed:
-        sums, counts = all_reduce(sums), all_reduce(counts.to(sums))
+        sums = _over_processes(sums)
     means = (sums.where(counts > 0, 1).log() + top - counts.clamp(min=1).log()).where(counts > 0, floor)
     return means.log_softmax(dim=0)
+
+
+def _over_processes(part: Tensor) -> Tensor:
+    """The sum of every process's part. A process's gradient is that of its own part, times the number of processes:
+    DistributedDataParallel will divide by it."""
+    whole, own = part.detach().clone(), part * dist.get_world_size()
+    dist.all_reduce(whole)
+    return whole + (own - own.detach())
 
 
 def target_distribution(blocks: int, depth: float) -> Tensor:

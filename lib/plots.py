@@ -121,13 +121,18 @@ def heat(values: np.ndarray, grid: tuple[int, int], images: np.ndarray, label: s
     return figure
 
 
-def depth_maps(images: np.ndarray, depth: np.ndarray, grid: tuple[int, int], blocks: int) -> Figure:
-    """Images (n, H, W, 3) above the number of blocks that each of their patches ran in, depth (n, P)."""
-    figure, axes = _grid(2, len(images))
-    for column, image, one in zip(axes.T, images, np.asarray(depth), strict=True):
-        column[0].imshow(image)
-        column[0].set_title(f"mean {one.mean():.1f}", fontsize=9)
-        drawn = column[1].imshow(one.reshape(grid), cmap=HEAT, vmin=0, vmax=blocks)
+def depth_maps(
+    images: Any, depth: np.ndarray, sets: dict[str, np.ndarray], grid: tuple[int, int], blocks: int
+) -> Figure:
+    """Per name in `sets` the images (n, H, W, 3) of these indices, above how many blocks each of their patches ran in;
+    depth (n, P)."""
+    figure, axes = _grid(2 * len(sets), max(map(len, sets.values())))
+    for rows, (name, indices) in zip(axes.reshape(len(sets), 2, -1), sets.items(), strict=True):
+        rows[0, 0].set_ylabel(name)
+        for (top, below), image, one in zip(rows.T, images[indices], np.asarray(depth)[indices], strict=False):
+            top.imshow(image)
+            below.set_xlabel(f"{one.mean():.1f} blocks", fontsize=9)
+            drawn = below.imshow(one.reshape(grid), cmap=HEAT, vmin=1, vmax=blocks)
     figure.colorbar(drawn, ax=list(axes.flat), label="depth (blocks)", shrink=0.8)
     return figure
 
@@ -141,7 +146,7 @@ def halting_maps(images: np.ndarray, depth: np.ndarray, grid: tuple[int, int], b
     for row, image, one in zip(axes, images, np.asarray(depth), strict=True):
         ended = one == one.max()  # the image ends with its longest-running patches
         row[0].imshow(image)
-        drawn = row[1].imshow(_upsampled(one.reshape(grid), image), cmap=HEAT, vmin=0, vmax=blocks)
+        drawn = row[1].imshow(_upsampled(one.reshape(grid), image), cmap=HEAT, vmin=1, vmax=blocks)
         row[2].imshow((image * (_upsampled(one.reshape(grid), image) / blocks)[..., None]).astype(np.uint8))
         row[3].imshow(_upsampled(ended.reshape(grid), image), cmap="gray", vmin=0, vmax=1)
         row[3].set_xlabel(f"{ended.sum()} of {ended.size}", fontsize=9)

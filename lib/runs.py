@@ -50,6 +50,12 @@ def resolve(path: str) -> str:
     return path
 
 
+def finished(pattern: str) -> list[Path]:
+    """The folders of finished runs that a glob from the project's folder matches, sorted."""
+    full = root() / pattern
+    return sorted(mark.parent for mark in Path(full.anchor).glob(f"{full.relative_to(full.anchor)}/DONE"))
+
+
 def portable(value: Any) -> Any:
     """A parameter as it reads from everywhere: existing paths absolute, or from the project's folder if inside it."""
     if not isinstance(value, str) or not Path(found := resolve(value)).is_absolute():

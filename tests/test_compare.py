@@ -11,11 +11,14 @@ from lib import compare
 
 
 def run(folder: Path, name: str, method: str | None = "ucb", right: int = 8, **more) -> Path:
-    """A finished run: `right` of 10 test answers right; more: seed, ratio, params, start, digest, dataset, done."""
+    """A finished run: `right` of 10 test answers right; more: seed, ratio or setting, params, start, …"""
     made = folder / name
     made.mkdir(parents=True)
     params = {"seed": more.get("seed", 0), "output_dir": str(folder), **more.get("params", {})}
     metrics = {"dataset": more.get("dataset", "toy"), "keep_ratio": more.get("ratio", 0.5), "top1": right / 10}
+    if "setting" in more:
+        metrics["setting"] = more["setting"]
+        del metrics["keep_ratio"]
     metrics |= {"macs_g": more.get("ratio", 0.5), "params_m": 1.0, "n": 10} | ({"method": method} if method else {})
     provenance = {"dataset_digest": more.get("digest", "d"), "start": str(more.get("start", ""))}
     for file, content in (("params", params), ("metrics", metrics), ("provenance", provenance)):
@@ -41,6 +44,24 @@ def test_seeds_are_repetitions_and_twins_are_not(tmp_path):
     found, left_out = arms(tmp_path)
     assert found == {"ucb 0.5": [0, 1, 2]}
     assert left_out == {"stage2/twin": "made like another run, with the same seed"}
+
+
+def test_methods_without_a_ratio_are_named_by_their_setting(tmp_path):
+    for weight in (0.01, 0.1):
+        for seed in (0, 1):
+            values = {"method": "avit", "setting": f"ponder {weight:g}", "params": {"ponder_weight": weight}}
+            run(tmp_path, f"avit/{weight}{seed}", seed=seed, **values)
+    run(tmp_path, "dense/one", method="dense", ratio=1.0)
+    found, left_out = arms(tmp_path)
+    assert found == {"avit ponder 0.01": [0, 1], "avit ponder 0.1": [0, 1], "dense 1": [0]} and not left_out
+
+
+def test_a_parameter_that_names_the_start_says_nothing_of_how_a_run_was_made(tmp_path):
+    for seed in (0, 1):
+        start = run(tmp_path, f"dense/s{seed}", method="dense", seed=seed, ratio=1.0)
+        values = {"method": "dense-tuned", "params": {"weights": str(start)}, "start": start}
+        run(tmp_path, f"dense/tuned{seed}", seed=seed, ratio=1.0, **values)
+    assert arms(tmp_path)[0] == {"dense 1": [0, 1], "dense-tuned 1": [0, 1]}
 
 
 def test_runs_from_differently_made_starts_are_different_arms(tmp_path):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from lib import costs
+from lib import costs, evaluate
 from lib.evaluate import (
+    batch,
     classification,
     closed_form_macs,
     confusion,
+    correlation,
     foreground,
     hypervolume,
     latency,
@@ -27,8 +29,10 @@ from lib.evaluate import (
     paired_bootstrap,
     pareto,
     predict,
+    traces,
     vit_macs,
 )
+from lib.pruners.avit import AViT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -512,6 +516,60 @@ def test_foreground_refuses_bad_indices():
     for kept in (torch.tensor([4]), torch.tensor([-1]), torch.zeros(2, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match="kept: found"):
             foreground(kept, torch.ones(3, 8, 8), (2, 2))
+
+
+def test_correlation_by_hand():
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :4, :4] = True  # patch 0 of the 2 × 2 grid
+    masks[1, 4:, 4:] = True  # patch 3
+    follows = torch.tensor([[6, 1, 1, 1], [2, 2, 2, 5], [1, 2, 3, 4]])  # the third image has no foreground
+    found = correlation(follows, masks, (2, 2))
+    assert found["correlation"] == pytest.approx(1) and found["correlation_n"] == 2
+    assert correlation(7 - follows, masks, (2, 2))["correlation"] == pytest.approx(-1)
+    # the mean map (4, 1.5, 1.5, 3) is for each image the same, and no better than it is
+    share = np.eye(4)[[0, 3]]
+    fixed = np.mean([np.corrcoef([4, 1.5, 1.5, 3], one)[0, 1] for one in share])
+    assert found["correlation_fixed"] == pytest.approx(fixed)
+    constant = correlation(torch.ones(3, 4), masks, (2, 2))
+    assert constant == {name: None for name in found if name != "correlation_n"} | {"correlation_n": 0}
+
+
+def test_correlation_of_half_covered_patches_and_of_shuffled_maps():
+    generator = np.random.default_rng(0)
+    masks = np.zeros((500, 16, 16), dtype=bool)
+    masks[:, 2:11, 2:11] = generator.random((500, 1, 1)) > -1  # patches covered by a quarter to all of their pixels
+    share = masks.reshape(500, 4, 4, 4, 4).mean(axis=(2, 4)).reshape(500, 16)
+    values = torch.from_numpy(share + 0.2 * generator.standard_normal(share.shape))
+    found = correlation(values, masks, (4, 4))
+    expected = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(values.numpy(), share, strict=True)])
+    assert found["correlation"] == pytest.approx(expected) and 0.8 < expected < 0.99
+    assert abs(found["correlation_random"]) < 0.05
+
+
+def test_a_batch_is_spread_over_the_split_and_fed_as_predict_feeds(tiny):
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return torch.eye(3)[torch.zeros(len(images), dtype=torch.int64)]
+
+    predict(Spy(), tiny.test, mean=tiny.mean, std=tiny.std)
+    assert torch.equal(batch(tiny, 100), seen[0]) and len(seen[0]) == 9
+    assert torch.equal(batch(tiny, 3), seen[0][[0, 4, 8]])
+    assert batch(tiny, 2, split="val").shape == (2, 3, 12, 12)
+
+
+def test_traces_are_those_of_every_test_image(tiny, vit):
+    pruner = AViT(vit.eval(), gate_scale=5.0, gate_center=1.0, mode="gather")
+    with torch.no_grad():  # halting scores that differ between patches
+        vit.patch_embed.proj.weight[0] *= 20
+    found = traces(pruner, tiny, batch_size=4)
+    whole = pruner.trace(batch(tiny, 9))
+    assert torch.equal(found.depth, whole.depth) and found.depth.unique().numel() > 1
+    assert found.tokens.tolist() == [[len(block[image]) for block in whole.kept] for image in range(9)]
+    scores, _ = evaluate.test(pruner, tiny, count_on=batch(tiny, 9))
+    assert scores["macs_g"] == macs(pruner, batch(tiny, 9))["macs_g"] < macs(vit, (3, 12, 12))["macs_g"]
 
 
 def test_overlap_by_hand():

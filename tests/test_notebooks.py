@@ -84,6 +84,13 @@ def stage2(folder, stage1) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def avit(folder, dense) -> Path:
+    run, result = papermill("avit", folder, ckpt=str(dense), gate_center=1.0, distill_weight=0.5, **TINY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
 def check_run(run: Path, *figures: str) -> dict:
     """The artefacts that every run has; returns its metrics."""
     for name in ("DONE", "params.json", "provenance.json", "metrics.jsonl", "test.npz", "model.json"):
@@ -134,7 +141,45 @@ def test_other_sets(folder, stage1, selection):
     assert check_run(run, "kept")["method"] == selection
 
 
-def test_compare(folder, dense, stage1, stage2):
+def test_dense_from_a_run_is_the_tuned_baseline(folder, dataset, dense):
+    values = {"dataset": dataset, "weights": str(dense), "run_name": "tuned", **TINY}
+    run, result = papermill("dense", folder, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check_run(run)["method"] == "dense-tuned"
+    assert json.loads((run / "provenance.json").read_text())["start"] == str(dense)
+
+
+def test_avit(avit):
+    metrics = check_run(avit, "training", "halting", "depth", "confusion")
+    assert metrics["method"] == "avit-finetuned" and metrics["setting"] == "ponder 0.01"
+    assert 1 <= metrics["mean_depth"] < 6 and metrics["macs_g"] < metrics["dense_macs_g"]
+    assert metrics["speedup"] > 0 and -1 <= metrics["depth_foreground_correlation"] <= 1
+    row = json.loads((avit / "metrics.jsonl").read_text())
+    parts = {"task": 1, "ponder": 0.01, "distr": 0.1, "distill": 0.5}
+    assert row["train_loss"] == pytest.approx(sum(weight * row[f"train_{name}"] for name, weight in parts.items()))
+    model = models.load(avit)
+    assert model.mode == "gather" and model.arguments["gate_center"] == 1
+
+
+def test_avit_from_scratch(folder, dataset):
+    values = {"ckpt": "scratch", "dataset": dataset, "learn_gate": True, "run_name": "scratch", **TINY}
+    run, result = papermill("avit", folder, ROOT / "notebooks", **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check_run(run)["method"] == "avit"
+    assert json.loads((run / "provenance.json").read_text())["start"] == ""
+
+
+def test_avit_visual(folder, dense, avit):
+    run, result = papermill("avit_visual", folder, ckpt=str(avit), img_idxs=[0, 5, 9999], extremes=3, repeats=3)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {picture.stem for picture in (run / "figures").glob("*.png")} == {"maps", "easy_hard", "halting"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert [row["method"] for row in metrics["table"]] == ["dense", "avit-finetuned"]
+    assert all(row["ms_per_image"] > 0 for row in metrics["table"]) and metrics["correlation_n"] > 0
+    assert "method" not in metrics, "no arm of comparisons"
+
+
+def test_compare(folder, dense, stage1, stage2, avit):
     unfinished = folder / "ucb_stage2" / "half"
     unfinished.mkdir(parents=True)
     (unfinished / "params.json").write_text("{}")
@@ -142,7 +187,8 @@ def test_compare(folder, dense, stage1, stage2):
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((run / "metrics.json").read_text())
     arms = {row["arm"]: row for row in metrics["summary"]}
-    assert {"dense 1", "ucb 0.25"} <= {*arms}
+    assert {"dense 1", "ucb 0.25", "avit-finetuned ponder 0.01"} <= {*arms}
+    assert arms["avit-finetuned ponder 0.01"]["keep_ratio"] is None and arms["dense 1"]["mean_depth"] is None
     assert arms["dense 1"]["speedup"] == 1 and arms["dense 1"]["difference"] == 0
     assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
         "kept",
@@ -184,12 +230,13 @@ assert first == again and (first / "DONE").exists() and (first / "notebook.ipynb
     assert "no finished run with" in result.stdout and "ucb_stage1: using" in result.stdout
 
 
-@pytest.mark.parametrize("notebook", ["dense", "ucb_stage1", "ucb_stage2"])
+@pytest.mark.parametrize("notebook", ["dense", "ucb_stage1", "ucb_stage2", "avit"])
 def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, dataset, dense, stage1, tmp_path, notebook):
     values = {
         "dense": {"dataset": dataset, "weights": "", "epochs": 12},
         "ucb_stage1": {"ckpt": str(dense), "num_train_epochs": 12},
         "ucb_stage2": {"stage1_checkpoint_path": str(stage1), "num_train_epochs": 12},
+        "avit": {"ckpt": str(dense), "gate_center": 1.0, "learn_gate": True, "epochs": 12},
     }[notebook] | {**TINY, "augment": "shift"}
     whole, result = papermill(notebook, tmp_path / "whole", **values)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -221,6 +268,11 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
      ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
      ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
      ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
+     ("avit", {"ckpt": "scratch", "distill_weight": 1.0}, "but ckpt scratch has no teacher"),
+     ("avit", {"distr_kl": "backward"}, "expected one of forward, reverse"),
+     ("avit", {"ckpt": "checkpoints/vit_digits.safetensors", "dataset": "cifar10"}, "but ckpt brings its own"),
+     ("avit_visual", {"ckpt": "checkpoints/vit_digits.safetensors"}, "holds a bare model: expected avit.AViT"),
+     ("avit_visual", {"img_idxs": [-1]}, "img_idxs is -1: expected a value in [0, 10000000]"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):

@@ -14,8 +14,8 @@ token's ρ counts. "gather" is faster for real: halted tokens leave the tensor; 
 is settled (with a class token: once that has halted); what is left of all images lies packed in one tensor (T, D)
 without padding, so that norms, projections and MLPs run on exactly the T running tokens.
 
-A token's depth is the number of blocks it ran in while its image was running, in either mode: what halts later than
-the class token never changes the logits.
+A token's depth is the number of blocks it ran in while its image was running, in either mode: what happens after the
+last token that the head reads has halted never changes the logits.
 """
 
 import math
@@ -55,8 +55,8 @@ def halt(h: Tensor, total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class AViT(TokenPruner):
     """A ViT whose tokens halt one by one.
 
-    vit:         timm VisionTransformer, trained or not. With mean pooling all tokens' outputs are read, and an image
-                 runs until its last token halts.
+    vit:         timm VisionTransformer, trained or not. Where the head pools patches instead of reading a class token,
+                 an image runs until the last of them halts.
     gate_scale, gate_center: γ and −β of the halting score: 5 and 10, or 10 and 30 for tiny and 10 and 75 for small
                  ImageNet models. The larger the centre, the later tokens halt; at ∞ this is the dense model.
     eps:         how far from one the sum of scores may stay.
@@ -134,7 +134,8 @@ class AViT(TokenPruner):
         """The tokens whose outputs the head reads: an image runs as long as one of them does."""
         if self.vit.global_pool == "token":
             return slice(0, 1)
-        return slice(self.prefix if self.vit.attn_pool is None and self.vit.global_pool else 0, None)
+        with_prefix = getattr(self.vit, "pool_include_prefix", self.vit.attn_pool is not None)  # as older timm pools
+        return slice(0 if with_prefix or not self.vit.global_pool else self.prefix, None)
 
     def _head(self, out: Tensor) -> Tensor:
         return self.vit.forward_head(self.vit.norm(out))
