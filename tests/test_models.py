@@ -274,3 +274,11 @@ def test_a_run_folder_is_found_by_a_path_from_the_project(tmp_path, vit, monkeyp
     models.save(vit, tmp_path / "outputs" / "dense" / "x" / "model")
     monkeypatch.setattr(runs, "root", lambda: tmp_path)
     assert same(models.load(runs.resolve("outputs/dense/x")), vit)
+
+
+def test_weights_may_come_from_a_run(tmp_path, vit):
+    models.save(vit, tmp_path / "run" / "model")
+    again = models.create("vit_digits", 3, weights=tmp_path / "run", **TINY)
+    assert all(torch.equal(mine, other) for mine, other in zip(again.parameters(), vit.parameters(), strict=True))
+    with pytest.raises(models.ModelError, match="model.safetensors not found"):
+        models.create("vit_digits", 3, weights=tmp_path, **TINY)

@@ -282,3 +282,13 @@ def test_ensure_refuses_parameters_that_the_notebook_lacks(project):
     with pytest.raises(params.ParameterError, match="sede is not a parameter of this notebook: did you mean seed"):
         runs.ensure("toy", sede=1)
     assert not (project / "outputs").exists()
+
+
+def test_finished_runs_are_found_by_a_glob_from_the_project_or_from_anywhere(tmp_path, project):
+    for name in ("b", "a", "half"):
+        (project / "outputs" / "dense" / name).mkdir(parents=True)
+    for name in ("b", "a"):
+        (project / "outputs" / "dense" / name / "DONE").touch()
+    expected = [project / "outputs" / "dense" / name for name in ("a", "b")]
+    assert runs.finished("outputs/dense/*") == runs.finished(f"{project}/outputs/*/*") == expected
+    assert runs.finished("outputs/avit/*") == []

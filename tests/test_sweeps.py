@@ -50,3 +50,46 @@ def test_typing_errors_are_found_before_anything_starts(tmp_path):
     assert result.returncode != 0 and not (tmp_path / "out").exists()
     assert "frozen_keep_ration is not a parameter of this notebook: did you mean frozen_keep_ratio?" in result.stderr
     assert "did you mean random?" in result.stderr
+
+
+STAGES = """
+name: s
+output_dir: {out}
+stages:
+  - notebook: dense
+    parameters: {{seed: [0, 1]}}
+  - notebook: dense
+    name: tuned
+    needs: {{weights: dense}}
+    parameters: {{seed: [0, 1]}}
+  - notebook: avit
+    needs: {{ckpt: {needed}}}
+    parameters: {{seed: [0, 1]}}
+  - notebook: compare
+    needs: {{runs: [dense, avit]}}
+"""
+
+
+def test_a_stage_takes_the_agreeing_run_of_the_stage_it_names(tmp_path):
+    sweep = tmp_path / "s.yaml"
+    sweep.write_text(STAGES.format(out=tmp_path / "out", needed="dense/tuned"))
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nolock", "--configfile", str(sweep)]
+    result = subprocess.run([*command, "--printshellcmds"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for seed in (0, 1):
+        assert f'"seed": {seed}, "ckpt": "{tmp_path}/out/dense/tuned-seed{seed}", "run_name": "s-seed{seed}"' in (
+            result.stdout
+        )
+        assert f'"seed": {seed}, "weights": "{tmp_path}/out/dense/s-seed{seed}", "run_name": "tuned-seed{seed}"' in (
+            result.stdout
+        )
+    assert all(f"{tmp_path}/out/{run}-seed{seed}/DONE" in result.stdout for seed in (0, 1)
+               for run in ("dense/s", "dense/tuned", "avit/s"))  # fmt: skip
+
+
+def test_a_need_that_several_runs_fit_is_refused(tmp_path):
+    sweep = tmp_path / "s.yaml"
+    sweep.write_text(STAGES.format(out=tmp_path / "out", needed="dense"))
+    result = dry_run(sweep)
+    assert result.returncode != 0
+    assert "avit/s-seed0: 2 runs of dense fit its ckpt, expected one" in result.stderr
