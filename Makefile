@@ -31,6 +31,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/avit.py
 
 report: $(VENV)/ready
 	$(BIN)/python report/build.py outputs

@@ -151,11 +151,11 @@ def test_dense_from_a_run_is_the_tuned_baseline(folder, dataset, dense):
 
 def test_avit(avit):
     metrics = check_run(avit, "training", "halting", "depth", "confusion")
-    assert metrics["method"] == "avit-finetuned" and metrics["setting"] == "ponder 0.01"
+    assert metrics["method"] == "avit-finetuned" and metrics["setting"] == "ponder 0.03"
     assert 1 <= metrics["mean_depth"] < 6 and metrics["macs_g"] < metrics["dense_macs_g"]
     assert metrics["speedup"] > 0 and -1 <= metrics["depth_foreground_correlation"] <= 1
     row = json.loads((avit / "metrics.jsonl").read_text())
-    parts = {"task": 1, "ponder": 0.01, "distr": 0.1, "distill": 0.5}
+    parts = {"task": 1, "ponder": 0.03, "distr": 0.01, "distill": 0.5}
     assert row["train_loss"] == pytest.approx(sum(weight * row[f"train_{name}"] for name, weight in parts.items()))
     model = models.load(avit)
     assert model.mode == "gather" and model.arguments["gate_center"] == 1
@@ -187,8 +187,8 @@ def test_compare(folder, dense, stage1, stage2, avit):
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((run / "metrics.json").read_text())
     arms = {row["arm"]: row for row in metrics["summary"]}
-    assert {"dense 1", "ucb 0.25", "avit-finetuned ponder 0.01"} <= {*arms}
-    assert arms["avit-finetuned ponder 0.01"]["keep_ratio"] is None and arms["dense 1"]["mean_depth"] is None
+    assert {"dense 1", "ucb 0.25", "avit-finetuned ponder 0.03"} <= {*arms}
+    assert arms["avit-finetuned ponder 0.03"]["keep_ratio"] is None and arms["dense 1"]["mean_depth"] is None
     assert arms["dense 1"]["speedup"] == 1 and arms["dense 1"]["difference"] == 0
     assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
         "kept",
