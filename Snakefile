@@ -30,10 +30,14 @@ def expand_stages(stages):
             name = "-".join([label, *shown])
             upstream = []
             for parameter, needed in stage.get("needs", {}).items():
+                wanted = {needed} if isinstance(needed, str) else {*needed}
+                known = {stage for run, other in earlier.items() for stage in (run.split("/")[0], other["stage"])}
+                if wanted - known:
+                    sys.exit(f"{notebook}/{name}: its {parameter} needs {', '.join(wanted - known)}, no earlier stage")
                 agreeing = [
                     run
                     for run, other in earlier.items()
-                    if {run.split("/")[0], other["stage"]} & {*([needed] if isinstance(needed, str) else needed)}
+                    if wanted & {run.split("/")[0], other["stage"]}
                     and all(varied.get(k, v) == v for k, v in other["varied"].items())
                 ]
                 upstream += agreeing

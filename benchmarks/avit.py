@@ -2,7 +2,7 @@
 
 The depths are real: those of the test images of a trained A-ViT, saved in benchmarks/depths.npz by
 
-    python benchmarks/avit.py --record outputs/imagenette/avit/<run>
+    python benchmarks/avit.py --record outputs/avit_imagenette/avit/imagenette-ponder_weight0.03
 
 and planted into models of any width: channel 0 carries each token's depth unchanged through the blocks, so gates,
 halting, gathering and attention all do their work, on tokens that leave when real ones did.
@@ -83,16 +83,17 @@ def against_ceiling(arch: str, depths: Tensor, repeats: int) -> dict:
 
 def against_other_modes(archs: list[str], batches: list[int], repeats: int) -> pd.DataFrame:
     """Speed relative to the dense model (mask, gather, ceiling), and the share of the ceiling that gather reaches."""
-    return pd.DataFrame(against_ceiling(arch, depths(batch), repeats) for arch in archs for batch in batches)
+    return pd.DataFrame(against_ceiling(arch, depths(arch, batch), repeats) for arch in archs for batch in batches)
 
 
 def attention_of_unequal_counts(archs: list[str], batches: list[int], repeats: int) -> pd.DataFrame:
     """Time of attention on packed tokens of unequal counts, relative to a rectangular batch of their mean count.
 
     by_count: a call per run of equal counts, no padding (lib's choice on CPU). padded: one call (lib's choice
-    elsewhere). nested: torch.nested's jagged layout. Counts are those of the block in the middle.
+    elsewhere). nested: torch.nested's jagged layout, where CUDA has variable-length kernels. Counts are those of the
+    block in the middle.
     """
-    return pd.DataFrame(ways_to_attend(arch, depths(batch), repeats) for arch in archs for batch in batches)
+    return pd.DataFrame(ways_to_attend(arch, depths(arch, batch), repeats) for arch in archs for batch in batches)
 
 
 def ways_to_attend(arch: str, found: Tensor, repeats: int) -> dict:
@@ -100,8 +101,9 @@ def ways_to_attend(arch: str, found: Tensor, repeats: int) -> dict:
     vit = models.create(arch, 1000).eval()
     attn = vit.blocks[0].attn
     counts = sorted(n for n in (found > len(vit.blocks) // 2).sum(1).tolist() if n)
-    packed = torch.randn(3, 1, sum(counts), attn.num_heads, attn.head_dim).transpose(2, 3)
-    even = torch.randn(3, len(counts), round(sum(counts) / len(counts)), attn.num_heads, attn.head_dim).transpose(2, 3)
+    where, dims = evaluate.device(), (attn.num_heads, attn.head_dim)
+    packed = torch.randn(3, 1, sum(counts), *dims, device=where).transpose(2, 3)
+    even = torch.randn(3, len(counts), round(sum(counts) / len(counts)), *dims, device=where).transpose(2, 3)
     ways = {
         "rectangular": lambda: nn.functional.scaled_dot_product_attention(*even),
         "by_count": lambda: avit._attend_by_count(attn, *packed, counts),
@@ -109,14 +111,16 @@ def ways_to_attend(arch: str, found: Tensor, repeats: int) -> dict:
         "nested": lambda: attend_nested(*packed, counts),
     }
     calls = {name: Call(way) for name, way in ways.items()}
-    table = evaluate.latency(calls, torch.zeros(1), repeats=repeats, device="cpu").set_index("model")
+    table = evaluate.latency(calls, torch.zeros(1), repeats=repeats, device=where).set_index("model")
     shape = {"arch": arch, "images": len(counts), "tokens": sum(counts), "different counts": len({*counts})}
     return shape | {name: 1 / table.speedup[name] for name in ways}
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def attend_nested(q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-    """Attention within each image by torch.nested; q, k, v (1, H, T, d)."""
-    offsets = torch.tensor([0, *np.cumsum(counts)])
+    """Attention within each image by torch.nested, which knows no inference mode; q, k, v (1, H, T, d)."""
+    offsets = torch.tensor([0, *np.cumsum(counts)], device=q.device)
     jagged = (torch.nested.nested_tensor_from_jagged(t[0].transpose(0, 1).contiguous(), offsets) for t in (q, k, v))
     found = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in jagged))
     return found.transpose(1, 2).values().transpose(0, 1)[None]
@@ -133,9 +137,12 @@ class Call(nn.Module):
         return self.function()
 
 
-def depths(batch: int) -> Tensor:
-    """Depths (batch, N) of real images, again from the first where the file has fewer."""
+def depths(arch: str, batch: int) -> Tensor:
+    """Depths (batch, N) of real images, again from the first where the file has fewer; the arch must fit them."""
     found = torch.from_numpy(np.load(DEPTHS)["depths"]).long()
+    vit = models.create(arch, 10)
+    if vit.num_prefix_tokens + vit.patch_embed.num_patches != found.shape[1] or len(vit.blocks) < found.max():
+        raise SystemExit(f"{arch} does not fit depths.npz: expected {found.shape[1]} tokens and {found.max()} blocks")
     return found[torch.arange(batch) % len(found)]
 
 
@@ -157,6 +164,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.record:
         record(arguments.record)
+        raise SystemExit(f"{arguments.record}: depths recorded in {DEPTHS.name}")
     facts = runs.provenance()
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}, fp32")
     pd.options.display.width = 160

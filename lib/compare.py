@@ -1,7 +1,7 @@
 """Many runs, one table: what compare.ipynb shows. Any run whose metrics.json names a `method` takes part."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,27 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
 
 def read(run: str | Path, name: str) -> dict[str, Any]:
     """<name>.json of a run's folder."""
-    return json.loads((Path(run) / f"{name}.json").read_text())
+    file = Path(run) / f"{name}.json"
+    if not file.is_file():
+        raise CompareError(f"{run} is not the folder of a finished run: expected {name}.json in it")
+    return json.loads(file.read_text())
+
+
+def side_by_side(folders: Sequence[str | Path], digest: str) -> pd.DataFrame:
+    """The scores of runs on the images of this digest, one row each; what is left out is printed with the reason."""
+    rows = []
+    for folder in folders:
+        try:
+            facts, metrics = read(folder, "provenance"), read(folder, "metrics")
+        except CompareError as error:
+            print(f"left out: {error}")
+            continue
+        if facts.get("dataset_digest") != digest:
+            print(f"left out: {folder} is on other images")
+            continue
+        rows.append({"run": str(folder), **metrics})
+    names = ["run", "method", "setting", "top1", "f1_macro", "macs_g", "mean_depth"]
+    return pd.DataFrame(rows).reindex(columns=names)
 
 
 def _name(run: Path) -> str:
@@ -113,7 +133,7 @@ def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
         row = {"arm": arm, "method": first.method, "keep_ratio": first.keep_ratio, "seeds": len(runs), metric: mean}
         row |= {"±": half, "difference": mean - table[metric][table.arm == against].mean()}
         row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"], "macs_g": first.macs_g}
-        shown = ("params_m", "latency_ms", "speedup", "mean_depth", "foreground_recall")
+        shown = ("f1_macro", "params_m", "latency_ms", "speedup", "mean_depth", "foreground_recall")
         row |= {name: float(runs[name].mean()) for name in shown if name in table}
         rows.append({**row, "n_test": int(first.n)})
     found = pd.DataFrame(rows)

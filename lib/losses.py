@@ -27,7 +27,7 @@ def halting(
 ) -> Loss:
     """The loss of A-ViT: cross-entropy + ponder_weight · ponder + distr_weight · KL of the halting distribution and
     its target, and with a teacher + distill_weight · KL(teacher ‖ model) of the predictions. Parts are logged without
-    their weights.
+    their weights, and as `depth` the number of blocks of all tokens, whether their image ran so long or not.
 
     The model is a lib.pruners.avit.AViT, bare or wrapped for several processes. distr_kl: the direction, see
     `divergence`. teacher: a dense model, used in evaluation mode without gradient.
@@ -65,7 +65,8 @@ def halting_distribution(found: Any) -> Tensor:
     Over all images, those of the other processes of torch.distributed included; a block in which no patch runs has the
     smallest float and passes no gradient. found: a lib.pruners.avit.Halting. Prefix tokens do not count: a class
     token that halts early says nothing of where the image is dull. In logarithms, since a gate centred at 75 scores
-    near 1e-33.
+    near 1e-33. Of the last block it takes the gate's score like any other's, not the 1 that ends every token: with that
+    the target could not be reached.
     """
     patches = slice(found.prefix, None)
     running = found.running[:, :, patches].flatten(1)  # (L, B · P)
@@ -92,6 +93,8 @@ def _over_processes(part: Tensor) -> Tensor:
 
 def target_distribution(blocks: int, depth: float) -> Tensor:
     """The logarithm (L,) of a normal distribution of mean `depth` and variance one at the blocks 1 … L, normalised."""
+    if not 1 <= depth <= blocks:
+        raise ValueError(f"target_depth is {depth}: expected a block from 1 to {blocks}")
     return torch.log_softmax(-0.5 * (torch.arange(1, blocks + 1, dtype=torch.float64) - depth) ** 2, dim=0)
 
 

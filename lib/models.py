@@ -74,7 +74,9 @@ def create(
 
 
 def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Raise ModelError unless a ViT takes images of this (channels, height, width)."""
+    """Raise ModelError unless a model is a ViT that takes images of this (channels, height, width)."""
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"{type(model).__name__} is not supported: expected a timm VisionTransformer")
     wanted = tuple(model.patch_embed.img_size)
     if wanted != image_shape[1:] and not model.dynamic_img_size:
         found = f"{image_shape[1]}x{image_shape[2]}"

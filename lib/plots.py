@@ -102,7 +102,7 @@ def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]
     for row, (name, sets) in zip(axes, kept.items(), strict=True):
         each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
         mean = np.mean([len(one) for one in each])
-        row[0].set_ylabel(f"{name}\n{mean:.3g} of {grid[0] * grid[1]}", fontsize=9)
+        row[0].set_ylabel(f"{name}\n{round(mean, 1):g} of {grid[0] * grid[1]}", fontsize=9)
         for axis, image, one in zip(row, images, each, strict=True):
             axis.imshow(overlay(image, one, grid))
     return figure
@@ -148,7 +148,7 @@ def halting_maps(images: np.ndarray, depth: np.ndarray, grid: tuple[int, int], b
         row[0].imshow(image)
         drawn = row[1].imshow(_upsampled(one.reshape(grid), image), cmap=HEAT, vmin=1, vmax=blocks)
         row[2].imshow((image * (_upsampled(one.reshape(grid), image) / blocks)[..., None]).astype(np.uint8))
-        row[3].imshow(_upsampled(ended.reshape(grid), image), cmap="gray", vmin=0, vmax=1)
+        row[3].imshow(_upsampled(ended.reshape(grid), image), cmap="gray", vmin=0, vmax=1.2)  # not white on white
         row[3].set_xlabel(f"{ended.sum()} of {ended.size}", fontsize=9)
         row[4].imshow(overlay(image, np.flatnonzero(ended), grid))
     figure.colorbar(drawn, ax=list(axes[:, :2].flat), label="depth (blocks)", shrink=0.8, location="left")

@@ -51,9 +51,12 @@ def resolve(path: str) -> str:
 
 
 def finished(pattern: str) -> list[Path]:
-    """The folders of finished runs that a glob from the project's folder matches, sorted."""
-    full = root() / pattern
-    return sorted(mark.parent for mark in Path(full.anchor).glob(f"{full.relative_to(full.anchor)}/DONE"))
+    """The folders of finished runs that a glob from the project's folder matches, sorted; RunError if there is none."""
+    full = root() / Path(pattern).expanduser()
+    found = sorted(mark.parent for mark in Path(full.anchor).glob(f"{full.relative_to(full.anchor)}/DONE"))
+    if not found:
+        raise RunError(f"no finished run in {pattern}: expected run folders with DONE in them")
+    return found
 
 
 def portable(value: Any) -> Any:

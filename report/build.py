@@ -21,12 +21,13 @@ HERE = Path(__file__).resolve().parent
 FIRST = ("kept", "counts", "maps", "depth", "training")  # the figure that stands for a run: the first of these it has
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 COLUMNS = {
-    "arm": ("method, share kept", "{}"),
+    "arm": ("method, setting", "{}"),
     "seeds": ("seeds", "{}"),
     "top1": ("accuracy", "{:.1%}"),
     "±": ("± 95 %", "{:.1%}"),
     "difference": ("to baseline", "{:+.1%}"),
     "p": ("p", "{:.1g}"),
+    "f1_macro": ("macro-F1", "{:.3f}"),
     "macs_g": ("GMACs", "{:.3f}"),
     "latency_ms": ("ms / batch", "{:.1f}"),
     "speedup": ("speed", "{:.2f}×"),

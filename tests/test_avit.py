@@ -528,10 +528,35 @@ def test_a_learnt_gate_gets_gradients_and_no_weight_decay():
     model = AViT(make("registers"), 2, 1, learn_gate=True).train()
     logits, found = model(images(model.vit), with_halting=True)
     (logits.square().sum() + found.ponder.mean()).backward()
-    for gate in (model.gate_scale, model.gate_center):
-        assert isinstance(gate, torch.nn.Parameter) and gate.grad.isfinite() and gate.grad != 0
-    spared = {f"vit.{name}" for name in model.vit.no_weight_decay()} | {"gate_scale", "gate_center"}
-    assert model.no_weight_decay() == spared
+    assert model.gate_log_factors.grad.isfinite().all() and (model.gate_log_factors.grad != 0).all()
+    assert model.no_weight_decay() == {f"vit.{name}" for name in model.vit.no_weight_decay()} | {"gate_log_factors"}
+
+
+def test_a_learnt_gate_starts_as_the_fixed_one_and_multiplies_it():
+    x = images(make("vit"))
+    learnt = AViT(make("vit"), 2, 1, learn_gate=True).eval()
+    assert torch.equal(learnt(x), AViT(make("vit"), 2, 1).eval()(x))
+    with torch.no_grad():
+        learnt.gate_log_factors.copy_(torch.tensor([3.0, 0.5], dtype=torch.float64).log())
+    torch.testing.assert_close(learnt(x), AViT(make("vit"), 6, 0.5).eval()(x), **CLOSE)
+
+
+def test_halting_looks_in_evaluation_mode_and_by_parts():
+    model = AViT(make("registers"), 5, 5).train()
+    x = images(model.vit, 5)
+    found = model.halting(x, batch_size=2)
+    assert model.training and not found.ponder.requires_grad
+    whole = model.eval()(x, with_halting=True)[1]
+    for name in ("ponder", "gates", "running"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name), **CLOSE)
+    assert found.prefix == whole.prefix == 5
+
+
+def test_an_unknown_mode_is_refused_at_any_time():
+    model = AViT(make("vit"))
+    with pytest.raises(ValueError, match="mode is 'drop': expected 'mask' or 'gather'"):
+        model.mode = "drop"
+    assert model.mode == "mask"
 
 
 def test_a_fixed_gate_is_saved_but_not_trained():
@@ -589,14 +614,16 @@ def test_trace_of_a_frozen_model_is_on_the_full_grid(mode):
 def test_saves_and_loads(vit, mode, learn_gate, tmp_path):
     model = AViT(vit, 8, 2, eps=0.05, learn_gate=learn_gate, mode=mode).eval()
     with torch.no_grad():
-        model.gate_scale.fill_(6)  # as if learnt
+        model.gate_scale.fill_(6)
         model.gate_center.fill_(-1)
+        if learn_gate:
+            model.gate_log_factors.copy_(torch.tensor([0.1, -0.2]))
     x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     twin = models.load(models.save(model, tmp_path / "model"))
     assert torch.equal(twin(x), model(x)) and torch.equal(twin.trace(x).depth, model.trace(x).depth)
     assert (twin.mode, twin.eps, twin.learn_gate) == (mode, 0.05, learn_gate)
     assert twin.gate_scale == 6 and twin.gate_center == -1
-    assert isinstance(twin.gate_scale, torch.nn.Parameter) == learn_gate
+    assert hasattr(twin, "gate_log_factors") == learn_gate
     assert twin.arguments == model.arguments
     unlike = AViT(copy.deepcopy(vit), 8, 2, eps=0.05, mode=mode).eval()
     assert not torch.allclose(unlike(x), model(x)), "the gate matters here"

@@ -291,4 +291,5 @@ def test_finished_runs_are_found_by_a_glob_from_the_project_or_from_anywhere(tmp
         (project / "outputs" / "dense" / name / "DONE").touch()
     expected = [project / "outputs" / "dense" / name for name in ("a", "b")]
     assert runs.finished("outputs/dense/*") == runs.finished(f"{project}/outputs/*/*") == expected
-    assert runs.finished("outputs/avit/*") == []
+    with pytest.raises(runs.RunError, match=r"no finished run in outputs/avit/\*"):
+        runs.finished("outputs/avit/*")

@@ -93,3 +93,6 @@ def test_a_need_that_several_runs_fit_is_refused(tmp_path):
     result = dry_run(sweep)
     assert result.returncode != 0
     assert "avit/s-seed0: 2 runs of dense fit its ckpt, expected one" in result.stderr
+    sweep.write_text(STAGES.format(out=tmp_path / "out", needed="dense/tuned").replace("[dense, avit]", "[dens, avit]"))
+    result = dry_run(sweep)
+    assert result.returncode != 0 and "compare/s: its runs needs dens, no earlier stage" in result.stderr

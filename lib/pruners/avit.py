@@ -33,8 +33,11 @@ from lib.pruners.tokens import TokenPruner, Trace
 class Halting:
     """What every token did, for the losses: L blocks, B images, N tokens, prefix tokens first.
 
-    ponder: ρ, (B, N). gates: γ · t[0] + β after every block, the last included, (L, B, N); of no meaning for halted
-    tokens. running: (L, B, N), whether the token entered block l. prefix: the number of prefix tokens.
+    ponder: ρ, (B, N), of the token's own depth, whether its image ran so long or not.
+    gates: γ · t[0] + β after every block, (L, B, N): the last one's too, which halting does not ask; of no meaning for
+    halted tokens.
+    running: (L, B, N), whether the token entered block l.
+    prefix: the number of prefix tokens.
     """
 
     ponder: Tensor
@@ -60,7 +63,7 @@ class AViT(TokenPruner):
     gate_scale, gate_center: γ and −β of the halting score: 5 and 10, or 10 and 30 for tiny and 10 and 75 for small
                  ImageNet models. The larger the centre, the later tokens halt; at ∞ this is the dense model.
     eps:         how far from one the sum of scores may stay.
-    learn_gate:  train γ and β too; else they are fixed, and the ViT learns to use its first channel.
+    learn_gate:  multiply γ and β by factors that are trained; else the ViT alone learns to use its first channel.
     mode:        "mask" or "gather", as described above; in training mode "mask" is run in any case.
     """
 
@@ -80,25 +83,30 @@ class AViT(TokenPruner):
             raise ValueError(f"gate_center is {gate_center}: expected a number")
         if not 0 < eps < 1:
             raise ValueError(f"eps is {eps}: expected a share in (0, 1)")
-        if mode not in ("mask", "gather"):
-            raise ValueError(f"mode is {mode!r}: expected 'mask' or 'gather'")
         self.eps, self.learn_gate, self.mode = eps, learn_gate, mode
         self._gate = {"gate_scale": gate_scale, "gate_center": gate_center}
         like = next(vit.parameters())
         for name, value in self._gate.items():
-            tensor = torch.tensor(float(value), dtype=like.dtype, device=like.device)
-            if learn_gate:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
+            self.register_buffer(name, torch.tensor(float(value), dtype=like.dtype, device=like.device))
+        if learn_gate:  # factors, in logarithms: a rate that suits weights moves them by as much as it should
+            self.gate_log_factors = nn.Parameter(torch.zeros(2, dtype=like.dtype, device=like.device))
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in ("mask", "gather"):
+            raise ValueError(f"mode is {mode!r}: expected 'mask' or 'gather'")
+        self._mode = mode
 
     @property
     def arguments(self) -> dict:
-        # the gate's values as it was made: where they are learnt, they are weights like any other
         return {**self._gate, "eps": self.eps, "learn_gate": self.learn_gate, "mode": self.mode}
 
     def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"gate_scale", "gate_center"}
+        return super().no_weight_decay() | {"gate_log_factors"}
 
     def forward(self, images: Tensor, with_halting: bool = False) -> Tensor | tuple[Tensor, Halting]:
         """Logits (B, classes) of images (B, C, H, W); with what every token did, as the losses need it."""
@@ -107,6 +115,18 @@ class AViT(TokenPruner):
         if self.training or self.mode == "mask":
             return self._masked(images)[0]
         return self._gathered(images)[0]
+
+    @torch.inference_mode()
+    def halting(self, images: Tensor, batch_size: int = 64) -> Halting:
+        """What every token of images (B, C, H, W) does, in evaluation mode and without gradient, to look at."""
+        training = self.training
+        self.eval()
+        try:
+            parts = [self._masked(part)[1] for part in images.split(batch_size)]
+        finally:
+            self.train(training)
+        ponder, *others = ([getattr(part, name) for part in parts] for name in ("ponder", "gates", "running"))
+        return Halting(torch.cat(ponder), *(torch.cat(other, dim=1) for other in others), self.prefix)
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Trace:
@@ -127,7 +147,11 @@ class AViT(TokenPruner):
         """γ · t[0] + β of tokens (…, D), whose sigmoid is the halting score: (…), float32 at least, or sums of scores
         against 1 − ε would mean nothing."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.gate_scale.to(dtype) * x[..., 0].to(dtype) - self.gate_center.to(dtype)
+        scale, center = self.gate_scale.to(dtype), self.gate_center.to(dtype)
+        if self.learn_gate:
+            factors = self.gate_log_factors.to(dtype).exp()
+            scale, center = scale * factors[0], center * factors[1]
+        return scale * x[..., 0].to(dtype) - center
 
     @property
     def _read(self) -> slice:

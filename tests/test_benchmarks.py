@@ -1,0 +1,60 @@
+"""The benchmarks run and measure what they say: on one small model, without a claim on any time."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib import models
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def avit():
+    spec = importlib.util.spec_from_file_location("benchmark_avit", FOLDER / "avit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def depths():
+    found = torch.randint(1, 7, (5, 65), generator=torch.Generator().manual_seed(0))
+    found[:, 0] = torch.tensor([6, 6, 4, 3, 6])  # of the class token
+    return found.minimum(found[:, :1])
+
+
+@pytest.mark.parametrize("mode", ["mask", "gather"])
+def test_planted_tokens_halt_where_they_are_told(avit, depths, mode):
+    model = avit.Planted(models.create("vit_digits", 10), depths, mode=mode).eval()
+    images = torch.randn(5, 3, 48, 48)
+    assert torch.equal(model.trace(images).depth, depths[:, 1:])
+    running = model.halting(images).running.sum(dim=0)
+    assert torch.equal(running, depths)
+
+
+def test_the_ceiling_runs_as_many_tokens(avit, depths):
+    row = avit.against_ceiling("vit_digits", depths, repeats=1)
+    assert row["mean_depth"] == pytest.approx(depths[:, 1:].double().mean().item())
+    assert all(row[name] > 0 for name in ("mask", "gather", "ceiling", "share"))
+    assert {*avit.ways_to_attend("vit_digits", depths, repeats=1)} >= {"rectangular", "by_count", "padded", "nested"}
+
+
+def test_ways_to_attend_agree(avit):
+    from lib.pruners.avit import _attend_by_count
+
+    attn, counts = models.create("vit_digits", 10).eval().blocks[0].attn, [1, 3, 3, 8]
+    q, k, v = torch.randn(3, 1, 3, 15, 32)
+    expected = _attend_by_count(attn, q, k, v, counts)
+    torch.testing.assert_close(avit.attend_nested(q, k, v, counts), expected)
+
+
+def test_the_recorded_depths_are_of_the_models_they_are_planted_in(avit):
+    for arch in ("vit_tiny_patch16_224", "vit_small_patch16_224"):
+        found = avit.depths(arch, 100)
+        assert found.shape == (100, 197) and found.min() >= 1 and found.max() == 12
+        assert (found <= found[:, :1]).all(), "no patch outlives its image"
+    with pytest.raises(SystemExit, match="vit_digits does not fit"):
+        avit.depths("vit_digits", 1)
