@@ -90,8 +90,8 @@ def attention_of_unequal_counts(archs: list[str], batches: list[int], repeats: i
     """Time of attention on packed tokens of unequal counts, relative to a rectangular batch of their mean count.
 
     by_count: a call per run of equal counts, no padding (lib's choice on CPU). padded: one call (lib's choice
-    elsewhere). nested: torch.nested's jagged layout, where CUDA has variable-length kernels. Counts are those of the
-    block in the middle.
+    elsewhere). bucketed: four groups of similar count, each padded. nested: torch.nested's jagged layout, where CUDA has
+    variable-length kernels. Counts are those of the block in the middle.
     """
     return pd.DataFrame(ways_to_attend(arch, depths(arch, batch), repeats) for arch in archs for batch in batches)
 
@@ -108,12 +108,22 @@ def ways_to_attend(arch: str, found: Tensor, repeats: int) -> dict:
         "rectangular": lambda: nn.functional.scaled_dot_product_attention(*even),
         "by_count": lambda: avit._attend_by_count(attn, *packed, counts),
         "padded": lambda: avit._attend_padded(attn, *packed, counts),
+        "bucketed": lambda: attend_bucketed(attn, *packed, counts),
         "nested": lambda: attend_nested(*packed, counts),
     }
     calls = {name: Call(way) for name, way in ways.items()}
     table = evaluate.latency(calls, torch.zeros(1), repeats=repeats, device=where).set_index("model")
     shape = {"arch": arch, "images": len(counts), "tokens": sum(counts), "different counts": len({*counts})}
     return shape | {name: 1 / table.speedup[name] for name in ways}
+
+
+def attend_bucketed(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
+    """Attention within each image in four groups of similar count; q, k, v (1, H, T, d), counts ascending."""
+    size = -(-len(counts) // 4)
+    groups = [counts[start : start + size] for start in range(0, len(counts), size)]
+    parts = zip(*(t.split([sum(group) for group in groups], dim=2) for t in (q, k, v)), strict=True)
+    found = [avit._attend_padded(attn, *part, group) for part, group in zip(parts, groups, strict=True)]
+    return torch.cat(found, dim=2)
 
 
 @torch.inference_mode(False)

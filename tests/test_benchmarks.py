@@ -49,6 +49,7 @@ def test_ways_to_attend_agree(avit):
     q, k, v = torch.randn(3, 1, 3, 15, 32)
     expected = _attend_by_count(attn, q, k, v, counts)
     torch.testing.assert_close(avit.attend_nested(q, k, v, counts), expected)
+    torch.testing.assert_close(avit.attend_bucketed(attn, q, k, v, counts), expected)
 
 
 def test_the_recorded_depths_are_of_the_models_they_are_planted_in(avit):
