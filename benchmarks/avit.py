@@ -90,8 +90,8 @@ def attention_of_unequal_counts(archs: list[str], batches: list[int], repeats: i
     """Time of attention on packed tokens of unequal counts, relative to a rectangular batch of their mean count.
 
     by_count: a call per run of equal counts, no padding (lib's choice on CPU). padded: one call (lib's choice
-    elsewhere). bucketed: four groups of similar count, each padded. nested: torch.nested's jagged layout, where CUDA has
-    variable-length kernels. Counts are those of the block in the middle.
+    elsewhere). bucketed: four groups of similar count, each padded. nested: torch.nested's jagged layout, where CUDA
+    has variable-length kernels. Counts are those of the block in the middle.
     """
     return pd.DataFrame(ways_to_attend(arch, depths(arch, batch), repeats) for arch in archs for batch in batches)
 
