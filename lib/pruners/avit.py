@@ -256,9 +256,11 @@ def _attend_by_count(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, counts: l
 
 
 def _attend_padded(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-    count = torch.tensor(counts, device=q.device)
-    filled = torch.arange(max(counts), device=q.device) < count[:, None]  # (images, largest count)
-    place = filled.flatten().cumsum(0).sub(1).clamp(min=0).view_as(filled)  # padding repeats a token, and is hidden
-    padded = (t[0, :, place].transpose(0, 1) for t in (q, k, v))  # (images, H, largest count, d)
-    heads = blocks.attend(attn, *padded, filled[:, None, None])
-    return heads.transpose(1, 2)[filled][None].transpose(1, 2)
+    images, most = len(counts), max(counts)
+    filled = torch.arange(most, device=q.device) < torch.tensor(counts, device=q.device)[:, None]  # (images, most)
+    place = filled.flatten().cumsum(0).sub(1).clamp(min=0)  # padding repeats a token, and is hidden
+    padded = (
+        t[0].transpose(0, 1).index_select(0, place).unflatten(0, (images, most)).transpose(1, 2) for t in (q, k, v)
+    )
+    heads = blocks.attend(attn, *padded, filled[:, None, None])  # (images, H, most, d)
+    return heads.transpose(1, 2).flatten(0, 1)[filled.flatten()][None].transpose(1, 2)
