@@ -102,7 +102,8 @@ def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]
     for row, (name, sets) in zip(axes, kept.items(), strict=True):
         each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
         mean = np.mean([len(one) for one in each])
-        row[0].set_ylabel(f"{name}\n{round(mean, 1):g} of {grid[0] * grid[1]}", fontsize=9)
+        label = name.replace(" ", "\n", 1)  # method above setting
+        row[0].set_ylabel(f"{label}\n{round(mean, 1):g} of {grid[0] * grid[1]}", fontsize=9)
         for axis, image, one in zip(row, images, each, strict=True):
             axis.imshow(overlay(image, one, grid))
     return figure
