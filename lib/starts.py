@@ -19,16 +19,17 @@ class Start(NamedTuple):
     about: dict[str, Any]
 
 
-def dense(run: runs.Run) -> Start:
+def dense(run: runs.Run, *of_trained: str) -> Start:
     """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt`.
 
     ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch"
-    takes random weights. ParameterError where a parameter is set that would then do nothing.
+    takes random weights. ParameterError where a parameter is set that would then do nothing; of_trained: parameters
+    that want a trained model, as `weights` does.
     """
     params = {name: run.params[name] for name in MAKING if name in run.params}
     ckpt = run.params["ckpt"]
     if ckpt == "scratch":
-        run.refuse("weights", because="ckpt scratch takes none")
+        run.refuse("weights", *of_trained, because="ckpt scratch has no trained model")
         size = params["img_size"] or None
         about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
         images = load(about)

@@ -559,6 +559,12 @@ def test_an_unknown_mode_is_refused_at_any_time():
     assert model.mode == "mask"
 
 
+def test_the_other_mode_shares_the_weights_and_leaves_this_one():
+    model = AViT(make("vit"), 5, 5).eval()
+    other = model.in_mode("gather")
+    assert (model.mode, other.mode) == ("mask", "gather") and other.vit is model.vit
+
+
 def test_a_fixed_gate_is_saved_but_not_trained():
     model = AViT(make("vit"), 2, 1)
     assert {name for name, _ in model.named_buffers()} == {"gate_scale", "gate_center"}

@@ -268,7 +268,7 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
      ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
      ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
      ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
-     ("avit", {"ckpt": "scratch", "distill_weight": 1.0}, "but ckpt scratch has no teacher"),
+     ("avit", {"ckpt": "scratch", "distill_weight": 1.0}, "but ckpt scratch has no trained model"),
      ("avit", {"distr_kl": "backward"}, "expected one of forward, reverse"),
      ("avit", {"ckpt": "checkpoints/vit_digits.safetensors", "dataset": "cifar10"}, "but ckpt brings its own"),
      ("avit_visual", {"ckpt": "checkpoints/vit_digits.safetensors"}, "holds a bare model: expected avit.AViT"),

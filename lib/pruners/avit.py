@@ -18,6 +18,7 @@ A token's depth is the number of blocks it ran in while its image was running, i
 last token that the head reads has halted never changes the logits.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from itertools import groupby
@@ -100,6 +101,12 @@ class AViT(TokenPruner):
         if mode not in ("mask", "gather"):
             raise ValueError(f"mode is {mode!r}: expected 'mask' or 'gather'")
         self._mode = mode
+
+    def in_mode(self, mode: str) -> "AViT":
+        """This model in another mode, sharing its weights: to compare the two."""
+        other = copy.copy(self)
+        other.mode = mode
+        return other
 
     @property
     def arguments(self) -> dict:
