@@ -9,13 +9,30 @@ of `timm.models.vision_transformer.Block`:
 """
 
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 
 class UnsupportedBlock(TypeError):
     """A model or block whose steps are not known here: refused by name, never pruned wrongly or not at all."""
+
+
+class Bias(nn.Module):
+    """What is left of an attention or MLP without heads or neurons: `bias` (D,) added to every token, or nothing.
+
+    drop: the dropout that the sublayer ends with.
+    """
+
+    num_heads = 0
+
+    def __init__(self, bias: nn.Parameter | None = None, drop: nn.Module | None = None):
+        super().__init__()
+        self.bias, self.drop = bias, nn.Identity() if drop is None else drop
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        """(B, N, D) of tokens x (B, N, D), from which only the shape is taken; timm's blocks pass masks along."""
+        return self.drop((x.new_zeros(()) if self.bias is None else self.bias).expand_as(x))
 
 
 def check(vit: nn.Module) -> None:
@@ -27,8 +44,18 @@ def check(vit: nn.Module) -> None:
     for index, block in enumerate(vit.blocks):
         if type(block) is not Block:
             raise UnsupportedBlock(f"blocks.{index} is a {name_of(block)}: expected timm's Block")
-        if type(block.attn) is not Attention:
+        if type(block.attn) not in (Attention, Bias):
             raise UnsupportedBlock(f"blocks.{index}.attn is a {name_of(block.attn)}: expected timm's Attention")
+
+
+def check_removable(block: Block, *, heads: bool, neurons: bool) -> None:
+    """Raise UnsupportedBlock where some heads or neurons of a block cannot go without changing what the others do."""
+    if heads and not isinstance(getattr(block.attn, "norm", None), nn.Identity | None):
+        raise UnsupportedBlock("the attention normalises over all heads: heads cannot be removed one by one")
+    if neurons and type(block.mlp) not in (Mlp, Bias):
+        raise UnsupportedBlock(f"{name_of(block.mlp)} is not supported: expected timm's Mlp to remove neurons from")
+    if neurons and not isinstance(getattr(block.mlp, "norm", None), nn.Identity | None):
+        raise UnsupportedBlock("the MLP normalises over all neurons: neurons cannot be removed one by one")
 
 
 def name_of(module: nn.Module) -> str:
@@ -49,6 +76,21 @@ def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
 
 
+def first_token(block: Block, x: Tensor) -> Tensor:
+    """The block's output (B, 1, D) of the first token alone, which attends to all tokens x (B, N, D)."""
+    attn, first = block.attn, x[:, :1]
+    if attn.num_heads:
+        fed, width, bias = block.norm1(x), attn.num_heads * attn.head_dim, attn.qkv.bias
+        weight = attn.qkv.weight
+        q = F.linear(fed[:, :1], weight[:width], None if bias is None else bias[:width])
+        k, v = F.linear(fed, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = project(attn, attend(attn, attn.q_norm(q), attn.k_norm(k), v), fed[:, :1])
+    else:
+        y = attn(block.norm1(first))
+    return add_mlp(block, add_attention(block, first, y))
+
+
 def probabilities(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
     """Attention probabilities (B, H, Nq, Nk); rows sum to one. For scores cheaply, pass only the rows needed."""
     return (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
@@ -56,10 +98,15 @@ def probabilities(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
 
 def project(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
     """Join heads (B, H, N, d) to (B, N, D) by the block's own projection; x is what the attention was fed."""
+    return attn.proj_drop(attn.proj(join(attn, heads, x)))
+
+
+def join(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
+    """What the projection is fed, (B, N, H · d): head after head of (B, H, N, d); x is what the attention was fed."""
     y = attn.norm(heads.transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:  # timm >= 1.0.20
         y = y * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y))
+    return y
 
 
 def add_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:

@@ -79,15 +79,16 @@ def closed_form_macs(vit: nn.Module) -> int:
     """
     if getattr(vit, "attn_pool", None) is not None:
         raise ValueError(f"{type(vit).__name__} pools by attention: the closed form does not cover that")
-    for block in vit.blocks:
-        if block.mlp.fc1.out_features != block.mlp.fc2.in_features:
+    sublayers = [(getattr(block.attn, "proj", None), getattr(block.mlp, "fc2", None)) for block in vit.blocks]
+    for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
+        if fc2 is not None and block.mlp.fc1.out_features != fc2.in_features:
             raise ValueError(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(
         tokens=[patches + vit.num_prefix_tokens] * len(vit.blocks),
         dim=vit.embed_dim,
-        attn_dims=[block.attn.proj.in_features for block in vit.blocks],
-        hidden_dims=[block.mlp.fc2.in_features for block in vit.blocks],
+        attn_dims=[getattr(proj, "in_features", 0) for proj, _ in sublayers],  # 0 where no head is left
+        hidden_dims=[getattr(fc2, "in_features", 0) for _, fc2 in sublayers],
         embed_patches=patches,
         patch_dim=vit.patch_embed.proj.weight[0].numel(),
         num_classes=getattr(vit.head, "out_features", 0),  # a ViT without a head has an Identity there

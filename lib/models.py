@@ -26,6 +26,11 @@ PRESETS = {
     "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
     # For 32x32 images from scratch: 64 patches; 0.68 M parameters, and 2,714,980 with 100 classes.
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    # For 64x64 images (Tiny ImageNet): 64 patches; 18,885,512 parameters with 200 classes.
+    "vit_tiny_imagenet": {
+        "img_size": 64, "patch_size": 8, "embed_dim": 576, "depth": 6, "num_heads": 6, "mlp_ratio": 8 / 3,
+        "pos_drop_rate": 0.1, "proj_drop_rate": 0.1,
+    },  # fmt: skip
     "vit_cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "mlp_ratio": 2.0},
 }
 FORMAT = 1
@@ -150,7 +155,11 @@ def describe(model: nn.Module) -> dict:
 def build(config: dict) -> nn.Module:
     """A model of this configuration with fresh weights."""
     if "pruner" not in config:
-        return create(config["arch"], config["num_classes"], config["img_size"], **config["timm"])
+        model = create(config["arch"], config["num_classes"], config["img_size"], **config["timm"])
+        if "plan" in config:  # parts of it were removed
+            surgery = importlib.import_module("lib.pruners.surgery")
+            model = surgery.remove(model, surgery.Plan(**config["plan"]))
+        return model
     module, _, name = config["pruner"].partition(".")
     wrapper = None
     if module.isidentifier() and name.isidentifier():

@@ -189,6 +189,8 @@ class AViT(TokenPruner):
 
     def _masked_block(self, index: int, x: Tensor, running: Tensor) -> Tensor:
         block = self.vit.blocks[index]
+        if not block.attn.num_heads:
+            return block(x)
         # Halted tokens are computed on, but nobody sees them. A softmax over no key at all would be NaN.
         keys = running | ~running.any(dim=1, keepdim=True)
         fed = block.norm1(x)
@@ -234,6 +236,8 @@ class AViT(TokenPruner):
 
     def _packed_block(self, block: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
         """A block on packed tokens x (T, D), of which the i-th image has counts[i]."""
+        if not block.attn.num_heads:
+            return block(x[None])[0]
         fed = block.norm1(x[None])
         heads = attend_packed(block.attn, *blocks.qkv(block.attn, fed), counts)
         x = blocks.add_attention(block, x[None], blocks.project(block.attn, heads, fed))

@@ -74,7 +74,7 @@ class UCB(TokenPruner):
             raise ValueError(f"mode is {mode!r}: expected 'mask' or 'gather'")
         self.keep_ratio, self.beta, self.mode = keep_ratio, beta, mode
         self.explore_ratio, self.warmup_steps = explore_ratio, warmup_steps
-        heads = max(block.attn.num_heads for block in vit.blocks)  # rows beyond a block's own heads count alike
+        heads = max([1, *(block.attn.num_heads for block in vit.blocks)])  # rows beyond a block's own heads count alike
         device = next(vit.parameters()).device
         counts = torch.ones(len(vit.blocks), heads, self.prefix + self.patches, device=device)
         self.register_buffer("ucb_count_scores", counts)
@@ -103,6 +103,8 @@ class UCB(TokenPruner):
         k = kept_count(self.keep_ratio, patches)
         if k == patches and not self.training:  # nothing to drop, nothing to count: the dense block
             return block(x), ids, ids, ids
+        if not block.attn.num_heads:  # pruned away: nothing here says which patches matter
+            return block(x), ids, ids, ids[:, :0]
 
         attn, fed = block.attn, block.norm1(x)
         query, key, value = blocks.qkv(attn, fed)
