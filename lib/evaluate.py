@@ -31,6 +31,7 @@ __all__ = [
     "Predictions",
     "Traces",
     "batch",
+    "batches",
     "classification",
     "closed_form_macs",
     "confusion",
@@ -179,6 +180,17 @@ def batch(data: Any, count: int, *, split: str = "test") -> Tensor:
     """
     images = getattr(data, split).images
     return inputs(images[evenly(len(images), count)], data)
+
+
+def batches(data: Any, count: int, size: int, *, split: str = "val") -> list[tuple[Tensor, Tensor]]:
+    """`count` batches of `size` images spread evenly over a split, un-augmented, as (images, labels): what methods look
+    at to decide. Fewer where the split has fewer images; ValueError where it has none."""
+    part = getattr(data, split)
+    if not len(part):
+        raise ValueError(f"dataset {data.name} has no {split} images to look at")
+    chosen = evenly(len(part), count * size)
+    labels = torch.as_tensor(np.asarray(part.labels)[chosen])
+    return list(zip(inputs(part.images[chosen], data).split(size), labels.split(size), strict=True))
 
 
 def inputs(images: np.ndarray, data: Any) -> Tensor:

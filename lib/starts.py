@@ -19,17 +19,17 @@ class Start(NamedTuple):
     about: dict[str, Any]
 
 
-def dense(run: runs.Run, *of_trained: str) -> Start:
-    """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt`.
+def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
+    """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt` (or another name).
 
     ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch"
     takes random weights. ParameterError where a parameter is set that would then do nothing; of_trained: parameters
     that want a trained model, as `weights` does.
     """
     params = {name: run.params[name] for name in MAKING if name in run.params}
-    ckpt = run.params["ckpt"]
+    ckpt = run.params[name]
     if ckpt == "scratch":
-        run.refuse("weights", *of_trained, because="ckpt scratch has no trained model")
+        run.refuse("weights", *of_trained, because=f"{name} scratch has no trained model")
         size = params["img_size"] or None
         about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
         images = load(about)
@@ -37,7 +37,7 @@ def dense(run: runs.Run, *of_trained: str) -> Start:
         models.match(vit, evaluate.image_shape(images))
         return Start("", vit, images, about | {"classes": images.classes, "mean": images.mean, "std": images.std})
     if ckpt:
-        run.refuse(*params, because="ckpt brings its own")
+        run.refuse(*params, because=f"{name} brings its own")
     params["dataset"] = params.pop("h5_dir", "") or params["dataset"]
     path = runs.resolve(ckpt) or str(runs.ensure("dense", run.params["output_dir"], **params))
     about = models.origin(path)

@@ -67,7 +67,7 @@ def decide(
     *,
     keep: Collection[Component] = (),
     cache_mb: float = 2048,
-    ahead: int = 8,
+    ahead: int | None = None,
     progress: bool = True,
 ) -> list[Decision]:
     """ACDC's decisions in the order in which they are taken; what goes with a larger part is not listed.
@@ -75,11 +75,12 @@ def decide(
     batches: image tensors (B, 3, H, W), clean and un-augmented, on the model's device. threshold: τ in nats, at least 0.
     rule: absolute or increment. parts: some of block, attn, mlp, head, neuron; group_size: neurons that go together.
     keep: parts that stay untried (see `screen`). cache_mb: memory for what is cached. ahead: how many parts are tried
-    together at most. The model is left untouched. ValueError: anything not as above.
+    together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. The model is left untouched. ValueError: anything not as above.
     """
     _check(threshold, rule)
     tried = [part for part in components.of(vit, group_size, parts) if part not in {*keep}]
     probe, found, streak = Probe(vit, batches, cache_mb), [], 0  # streak: how many fared alike, below 0 if they stayed
+    ahead = ahead or probe.ahead
     with tqdm(total=len(tried), desc="ACDC", mininterval=1, disable=not progress) as bar:
         for index, stage in _walk(vit, probe):
             queue = [part for part in reversed(tried) if (part.block, part.kind) == (index, stage)]
@@ -105,10 +106,11 @@ def _try(
     sets = [queue[: i + 1] if guess else queue[i : i + 1] for i in range(len(queue))]
     # The highest KL with which a set could still pass: with "increment" every removal before it allows τ more.
     limits = [threshold * (1 + i * (guess and increment)) + increment * probe.kl for i in range(len(sets))]
-    for part, (kl, lost) in zip(queue, probe.effects(stage, sets, limits), strict=True):
+    for part, lost in zip(queue, probe.effects(stage, sets, limits), strict=True):
+        kl = lost.mean().item()
         removed = kl < threshold + increment * probe.kl
         if removed:
-            probe.remove(stage, part, kl, lost)
+            probe.remove(stage, part, lost)
         yield part, removed, kl
         if removed != guess:
             return
@@ -153,12 +155,13 @@ def effects(
     group_size: int = 64,
     *,
     cache_mb: float = 2048,
-    ahead: int = 8,
+    ahead: int | None = None,
     progress: bool = True,
 ) -> dict[Component, float]:
     """What removing each part alone does: KL(clean ‖ without it) in nats, mean over images. Arguments as for `decide`."""
     tried, found = components.of(vit, group_size, parts), {}
     probe = Probe(vit, batches, cache_mb)
+    ahead = ahead or probe.ahead
     with tqdm(total=len(tried), desc="effects", mininterval=1, disable=not progress) as bar:
         for index, stage in _walk(vit, probe):
             queue = [part for part in tried if (part.block, part.kind) == (index, stage)]
@@ -166,7 +169,7 @@ def effects(
             for start in range(0, len(queue), ahead):
                 some = queue[start : start + ahead]
                 losses = probe.effects(stage, [[part] for part in some])
-                found |= {part: kl for part, (kl, _) in zip(some, losses, strict=True)}
+                found |= {part: kl.mean().item() for part, kl in zip(some, losses, strict=True)}
                 bar.update(len(some))
     return {part: found[part] for part in tried}
 
@@ -193,7 +196,7 @@ def screen(
     sum. The bound is τ for "increment"; for "absolute" the largest estimate that fits when the smallest add up to τ.
     """
     _check(threshold, rule)
-    estimate = {part: float(scores[part.kind][part.block][list(part.units) or ...].sum()) for part in tried}
+    estimate = {part: components.score(scores, part) for part in tried}
     bound, spent = threshold, 0.0
     if rule == "absolute":
         for value in sorted(estimate.values()):

@@ -11,7 +11,7 @@ how much the part matters to first order. Where it multiplies is where removal c
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,11 @@ def _removable(vit: nn.Module, kind: str) -> bool:
             blocks.check_removable(block, heads=kind == "head", neurons=kind == "neuron")
         return True
     return False
+
+
+def score(scores: Mapping[str, Tensor], part: Component) -> float:
+    """A part's score, given scores shaped like `ones`: of several units their sum."""
+    return float(scores[part.kind][part.block][list(part.units) or ...].sum())
 
 
 def without(vit: nn.Module, removed: Iterable[Component]) -> dict[str, Tensor]:

@@ -36,32 +36,41 @@ class Probe:
 
     vit: a timm VisionTransformer; a copy of it is worked on. batches: image tensors (B, 3, H, W) on its device.
     cache_mb: memory for what is cached; what does not fit is computed again. kl: the mean over images of all that is
-    removed so far; lost: its sum for each chunk of images.
+    removed so far; lost: per image. ahead: how many parts are worth trying together here.
     """
-
-    chunk = 32  # images that run together
 
     def __init__(self, vit: nn.Module, batches: Iterable[Tensor], cache_mb: float = 2048):
         self.vit = copy.deepcopy(vit).eval().requires_grad_(False)
         batches = list(batches)
-        self.count = sum(map(len, batches))
-        if not self.count:
+        if not sum(map(len, batches)):
             raise ValueError("batches are empty: expected at least one image tensor (B, 3, H, W)")
         with torch.inference_mode():
-            clean = torch.cat([log_p(self.vit(images)) for images in batches])
-            # Uncertain predictions first: they have most to lose, and decide soonest that a part must stay.
-            order = (clean.exp() * clean).sum(dim=1).argsort(stable=True)
-        self.images, self.clean = torch.cat(batches)[order].split(self.chunk), clean[order].split(self.chunk)
-        self.kl, self.lost = 0.0, [0.0] * len(self.images)
+            self.images, self.clean = torch.cat(batches), torch.cat([log_p(self.vit(x)) for x in batches])
+        # Images and parts that run together: on a CPU few, which stay in its caches and let a sum of KL end early.
+        self.chunk, self.ahead = (8, 1) if self.images.device.type == "cpu" else (32, 8)
+        self.chunks = len(self.images.split(self.chunk))
+        self.kl, self.lost = 0.0, torch.zeros_like(self.clean[:, 0])
+        self.worry = -(self.clean.exp() * self.clean).sum(dim=1)  # what an image is likely to lose: at first, its entropy
         self.after: list[nn.Module] = []
         self.budget = cache_mb * 2**20
-        self.fed: dict[tuple[int, int], Tensor] = {}  # (block, chunk) → what the block is fed
+        self.fed: dict[int, dict[int, Tensor]] = {}  # block → chunk → what the block is fed
         self.held: dict[tuple[str, int], Tensor] = {}  # (what, chunk) → what the current block makes of it
 
     def enter(self, index: int) -> None:
         """Go to block `index`: the last one, or the one before that just left."""
         self.index, self.block = index, self.vit.blocks[index]
         self.gone: dict[str, list[Component]] = {stage: [] for stage in STAGES}
+        self._sort()
+
+    def _sort(self) -> None:
+        """Images that lose much go first: their sum soonest shows that a part must stay."""
+        order = self.worry.argsort(descending=True, stable=True)
+        self.images, self.clean, self.lost, self.worry = (
+            t[order] for t in (self.images, self.clean, self.lost, self.worry)
+        )
+        for index, parts in self.fed.items():
+            whole = torch.cat([*parts.values()])[order] if len(parts) == self.chunks else None
+            self.fed[index] = {} if whole is None else dict(enumerate(whole.split(self.chunk)))
 
     def begin(self, stage: str) -> bool:
         """Go to a stage of the block; whether its parts are still there and not gone with a larger one."""
@@ -78,13 +87,13 @@ class Probe:
             mlp = not self.gone["mlp"]
             surgery.slice_block(self.block, self._kept("head"), neurons, not self.gone["attn"], mlp)
             self.after.insert(0, self.block)
-        self.fed = {key: value for key, value in self.fed.items() if key[0] < self.index}
+        self.fed.pop(self.index, None)
         self.held = {}
 
-    def remove(self, stage: str, part: Component, kl: float, lost: list[float]) -> None:
-        """Take the part out for good; kl and lost as `effects` gave them."""
+    def remove(self, stage: str, part: Component, lost: Tensor) -> None:
+        """Take the part out for good; lost as `effects` gave it."""
         self.gone[stage].append(part)
-        self.kl, self.lost = kl, lost
+        self.kl, self.lost = lost.mean().item(), lost
         for what, chunk in [*self.held]:
             if what == stage:
                 self.held[what, chunk] = self.held[what, chunk] - self._term(stage, chunk, part)
@@ -92,28 +101,33 @@ class Probe:
     @torch.inference_mode()
     def effects(
         self, stage: str, sets: Sequence[Sequence[Component]], limits: Sequence[float] | None = None
-    ) -> list[tuple[float, list[float]]]:
-        """Per set of parts of this stage the KL without them and all removed before, and its sum for each chunk.
+    ) -> list[Tensor]:
+        """Per set of parts of this stage the KL (images,) without them and all removed before, in the probe's order.
 
-        limits: a KL per set; one that reaches its limit on some images is not run on the others, since no image's KL
-        is below 0: what is returned for it is a lower bound. Of sets that contain each other those that follow are
+        limits: a mean KL per set; one that reaches its limit on some images is not run on the others, which stay at 0:
+        no image's KL is below that, so the mean is a lower bound. Of sets that contain each other those that follow are
         then left as well.
         """
         nested = any(len(chosen) > 1 for chosen in sets)
-        found = [[0.0] * len(self.images) for _ in sets]
+        found = self.clean.new_zeros(len(sets), len(self.images))
         alive = [*range(len(sets))]
-        for chunk in sorted(range(len(self.images)), key=lambda chunk: -self.lost[chunk]):  # what lost most first
+        for chunk in range(self.chunks):
             logits = self._finish(self._without(stage, chunk, [sets[i] for i in alive]))
-            kl = divergence(self.clean[chunk].repeat(len(alive), 1), logits).view(len(alive), -1).sum(dim=1)
-            for i, value in zip(alive, kl.tolist(), strict=True):
-                found[i][chunk] = value
+            rows = self._chunk(chunk)
+            kl = divergence(self.clean[rows].repeat(len(alive), 1), logits).view(len(alive), -1)
+            found[alive, rows] = kl
+            self.worry[rows] = 0.8 * self.worry[rows] + 0.2 * kl[0]
             if limits is not None:
-                alive = [i for i in alive if sum(found[i]) < limits[i] * self.count]
+                sums = found.sum(dim=1).tolist()
+                alive = [i for i in alive if sums[i] < limits[i] * len(self.images)]
             if nested:
                 alive = [i for place, i in enumerate(alive) if i == place]
             if not alive:
                 break
-        return [(sum(each) / self.count, each) for each in found]
+        return [*found]
+
+    def _chunk(self, chunk: int) -> slice:
+        return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
 
     # ---- the block ----------------------------------------------------------------------------------------------
 
@@ -196,15 +210,15 @@ class Probe:
 
     def _fed(self, chunk: int) -> Tensor:
         """What the block is fed: cached, with as many earlier blocks' as there is memory for, or run from the image."""
-        if (self.index, chunk) in self.fed:
-            return self.fed[self.index, chunk]
+        if (x := self.fed.get(self.index, {}).get(chunk)) is not None:
+            return x
         vit = self.vit
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(self.images[chunk])))
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(self.images[self._chunk(chunk)])))
         # A block's own tensors (two of width 4 D, the others of D) are used more often than earlier blocks' inputs.
-        room = self.budget / (x.nbytes * len(self.images)) - 8
+        room = self.budget / (x.nbytes * self.chunks) - 8
         for index in range(self.index + 1):
             if index > self.index - max(1, room):
-                self._store(self.fed, (index, chunk), x)
+                self._store(self.fed.setdefault(index, {}), chunk, x)
             if index < self.index:
                 x = vit.blocks[index](x)
         return x
@@ -215,6 +229,7 @@ class Probe:
             self._store(self.held, (what, chunk), value)
         return value
 
-    def _store(self, where: dict, key: tuple, value: Tensor) -> None:
-        if sum(t.nbytes for t in (*self.fed.values(), *self.held.values())) + value.nbytes <= self.budget:
+    def _store(self, where: dict, key: int | tuple, value: Tensor) -> None:
+        kept = (*self.held.values(), *(x for parts in self.fed.values() for x in parts.values()))
+        if sum(t.nbytes for t in kept) + value.nbytes <= self.budget:
             where[key] = value

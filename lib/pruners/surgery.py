@@ -66,6 +66,12 @@ class Plan:
             units[name] = full
         return Plan(**units, **stays)
 
+    def shares(self, vit: nn.Module) -> dict[str, float]:
+        """The shares of a model's heads and neurons that stay: what another ranking must keep to cost the same."""
+        plan, all_of_it = self.explicit(vit), Plan().explicit(vit)
+        kept, whole = ([sum(map(len, units)) for units in (one.heads, one.neurons)] for one in (plan, all_of_it))
+        return {"head": kept[0] / whole[0], "neuron": kept[1] / whole[1]}
+
     def after(self, earlier: "Plan") -> "Plan":
         """This explicit plan, made for what an explicit `earlier` one left, as a plan for the model before both."""
         left = [index for index, kept in enumerate(earlier.blocks) if kept]

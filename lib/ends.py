@@ -1,0 +1,56 @@
+"""Where a notebook that removes parts ends: the smaller model, made, fine-tuned, measured and saved."""
+
+from typing import Any
+
+import pandas as pd
+
+from lib import evaluate, models, plots, train
+from lib.pruners import surgery
+from lib.runs import Run
+from lib.starts import Start
+
+
+def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, latency_batch: int) -> dict[str, Any]:
+    """Slice the model, measure it on the test images, fine-tune it for recipe.epochs (0: not at all), measure it again.
+
+    Saves the model, its predictions and the plan in the run's folder, with figures. Returns what belongs in metrics.json
+    besides the method's own: all scores of the final model, `oneshot_…` those before fine-tuning, and the costs.
+    """
+    images, where = start.images, evaluate.device()
+    small = surgery.remove(start.vit, plan)
+    dense, small = start.vit.to(where), small.to(where)
+    oneshot, predicted = evaluate.test(small, images)
+    scores = oneshot
+    if recipe.epochs:
+        history = train.fit(small, images, recipe, run=run)
+        run.figure(plots.training(history, recipe.keep), "training")
+        scores, predicted = evaluate.test(small, images)
+    small.eval()
+    run.arrays("test", logits=predicted.logits, labels=predicted.labels)
+    run.figure(plots.confusion(evaluate.confusion(*predicted, len(images.classes)), images.classes), "confusion")
+    speed = evaluate.latency({"dense": dense, "pruned": small}, evaluate.batch(images, latency_batch), device=where)
+    models.save(small, run.dir / "model", **start.about)
+    whole = evaluate.macs(dense, evaluate.image_shape(images))
+    shares = plan.shares(dense)
+    return {
+        **scores,
+        **{f"oneshot_{name}": oneshot[name] for name in ("top1", "f1_macro", "nll_nats")},
+        "finetune_epochs": recipe.epochs,
+        "dense_macs_g": whole["macs_g"],
+        "dense_params_m": whole["params_m"],
+        "heads_kept": shares["head"],
+        "neurons_kept": shares["neuron"],
+        "speedup": round(speed.speedup[1], 3),
+        "latency_ms": round(speed.latency_ms[1], 3),
+    }
+
+
+def before_and_after(result: dict[str, Any]) -> pd.DataFrame:
+    """The result of `pruned` as a table of two rows to show: sliced, and fine-tuned."""
+    names = {"top1": "accuracy", "f1_macro": "macro-F1", "nll_nats": "NLL (nats)"}
+    costs = {"macs_g": "GMACs", "params_m": "parameters (10⁶)", "speedup": "speed, dense = 1"}
+    shared = {label: result[name] for name, label in costs.items()}
+    rows = {"sliced": {label: result[f"oneshot_{name}"] for name, label in names.items()} | shared}
+    if result["finetune_epochs"]:
+        rows |= {"and fine-tuned": {label: result[name] for name, label in names.items()} | shared}
+    return pd.DataFrame(rows).T.round(3)
