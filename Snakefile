@@ -21,7 +21,11 @@ def expand_stages(stages):
     found = {}
     for stage in stages:
         notebook, label, given = stage["notebook"], stage.get("name", config["name"]), stage.get("parameters", {})
-        lists = {name: values for name, values in given.items() if isinstance(values, list)}
+        declared = params.declared_in(Path(f"notebooks/{notebook}.ipynb"))
+        # a parameter that is a list itself varies over a list of lists
+        whole = {name for name, one in declared.items() if one.type is list and not any(
+                 isinstance(value, list) for value in given.get(name) or [])}  # fmt: skip
+        lists = {name: values for name, values in given.items() if isinstance(values, list) and name not in whole}
         earlier = dict(found)
         for combination in itertools.product(*lists.values()):
             varied = dict(zip(lists, combination))
@@ -47,7 +51,7 @@ def expand_stages(stages):
                     values[parameter] = f"{OUTPUT}/{agreeing[0]}"
             values |= {"run_name": name, "output_dir": OUTPUT}
             try:
-                params.check(params.declared_in(Path(f"notebooks/{notebook}.ipynb")), values)
+                params.check(declared, values)
             except params.ParameterError as error:
                 sys.exit(f"{notebook} in this sweep: {error}")
             run = {"parameters": values, "varied": varied, "upstream": upstream, "stage": f"{notebook}/{label}"}

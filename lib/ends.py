@@ -1,20 +1,22 @@
 """Where a notebook that removes parts ends: the smaller model, made, fine-tuned, measured and saved."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from lib import evaluate, models, plots, train
 from lib.pruners import surgery
-from lib.runs import Run
+from lib.runs import Run, resolve
 from lib.starts import Start
 
 
 def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, latency_batch: int) -> dict[str, Any]:
-    """Slice the model, measure it on the test images, fine-tune it for recipe.epochs (0: not at all), measure it again.
+    """Slice the model, measure it on the test images, fine-tune it for recipe.epochs (0: not at all) and measure again.
 
-    Saves the model, its predictions and the plan in the run's folder, with figures. Returns what belongs in metrics.json
-    besides the method's own: all scores of the final model, `oneshot_…` those before fine-tuning, and the costs.
+    Saves the model, its predictions and figures in the run's folder. Returns what belongs in metrics.json besides the
+    method's own: all scores of the final model, `oneshot_…` those before fine-tuning, and the costs.
     """
     images, where = start.images, evaluate.device()
     small = surgery.remove(start.vit, plan)
@@ -43,6 +45,31 @@ def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, lat
         "speedup": round(speed.speedup[1], 3),
         "latency_ms": round(speed.latency_ms[1], 3),
     }
+
+
+def shares(run: Run, vit: nn.Module) -> float | dict[str, float]:
+    """The share of its parts that a model keeps, by the notebook's parameters: `keep_ratio`, or the shares of heads and
+    neurons that the pruned model `like` keeps. ParameterError where both are set, ModelError where nothing was pruned.
+    """
+    if not run.params["like"]:
+        return run.params["keep_ratio"]
+    run.refuse("keep_ratio", because="like says how much stays")
+    config = models.header(resolve(run.params["like"]))["model"]
+    if "plan" not in config:
+        raise models.ModelError(f"like is {run.params['like']}: expected a model that acdc.ipynb or eap.ipynb pruned")
+    return surgery.Plan(**config["plan"]).shares(vit)
+
+
+def compared(start: Start, plans: Iterable[tuple[dict[str, Any], surgery.Plan]]) -> pd.DataFrame:
+    """What plans cost and keep before any fine-tuning, on the validation images: a row each of (its names, its plan).
+
+    Empty where there are no plans or no validation images; the test images decide nothing.
+    """
+    rows = []
+    for names, plan in plans if len(start.images.val) else ():
+        scores, _ = evaluate.test(surgery.remove(start.vit, plan), start.images, split="val")
+        rows.append({**names, **{name: scores[name] for name in ("macs_g", "params_m", "top1", "n")}})
+    return pd.DataFrame(rows)
 
 
 def before_and_after(result: dict[str, Any]) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from lib.statistics import (
     overlap,
     paired_bootstrap,
     pareto,
+    rank_correlation,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "paired_bootstrap",
     "pareto",
     "predict",
+    "rank_correlation",
     "test",
     "traces",
     "vit_macs",
@@ -144,13 +146,14 @@ def classification(
 
 
 def test(
-    model: nn.Module, data: Any, *, batch_size: int = 256, count_on: Tensor | None = None
+    model: nn.Module, data: Any, *, batch_size: int = 256, count_on: Tensor | None = None, split: str = "test"
 ) -> tuple[dict[str, Any], Predictions]:
     """What every method reports of a model: `classification` on data.test, and `macs`; with the predictions.
 
+    split: "val" while something is still being chosen.
     count_on: images (B, 3, H, W) to count multiply-adds on, for a model whose work depends on the image.
     """
-    found = predict(model, data.test, mean=data.mean, std=data.std, batch_size=batch_size)
+    found = predict(model, getattr(data, split), mean=data.mean, std=data.std, batch_size=batch_size)
     scores = classification(found.logits, found.labels, classes=data.classes)
     return {**scores, **macs(model, image_shape(data) if count_on is None else count_on)}, found
 

@@ -28,9 +28,9 @@ PRESETS = {
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
     # For 64x64 images (Tiny ImageNet): 64 patches; 18,885,512 parameters with 200 classes.
     "vit_tiny_imagenet": {
-        "img_size": 64, "patch_size": 8, "embed_dim": 576, "depth": 6, "num_heads": 6, "mlp_ratio": 8 / 3,
-        "pos_drop_rate": 0.1, "proj_drop_rate": 0.1,
-    },  # fmt: skip
+        **{"img_size": 64, "patch_size": 8, "embed_dim": 576, "depth": 6, "num_heads": 6, "mlp_ratio": 8 / 3},
+        **{"pos_drop_rate": 0.1, "proj_drop_rate": 0.1},
+    },
     "vit_cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "mlp_ratio": 2.0},
 }
 FORMAT = 1

@@ -1,25 +1,26 @@
 """Figures of a ViT's parts: which are kept, what removing them does. Every function returns a matplotlib Figure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lib.plots import HEAT, methods_palette
 
 WHOLES = ("block", "attn", "mlp")
 GONE = "#c8ced6"
+SORTED = 40  # more cells in a row than this are sorted: single ones cannot be told apart
 
 
 def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool = True) -> Figure:
     """Every part of a ViT as a cell, blocks from top to bottom: coloured by its value where it stays, grey where it is
-    removed, white where there is no number for it.
+    removed, white where there is no such part. More than 40 parts in a row are sorted, those that stay first.
 
     found: (part, value, removed) with part a lib.pruners.components.Component; label: what the values are.
     """
@@ -32,16 +33,22 @@ def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool
     panels |= {kind: sorted({units for _, units, *_ in cells[kind]}) for kind in ("head", "neuron") if cells[kind]}
     kept = [value for rows in cells.values() for *_, value, removed in rows if not removed and value > 0]
     norm = LogNorm(min(kept), max(kept)) if log and kept else Normalize(0, max(kept, default=1))
-    widths = [min(14, max(2, 0.45 * len(columns))) for columns in panels.values()]
-    figure, axes = plt.subplots(1, len(panels), figsize=(sum(widths) + 2, 0.36 * depth + 1.4), squeeze=False,
+    widths = [min(8, max(2, 0.45 * len(columns))) for columns in panels.values()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(sum(widths) + 2, 0.32 * depth + 1.8), squeeze=False,
                                 width_ratios=widths, layout="constrained", sharey=True)  # fmt: skip
     for axis, (name, columns) in zip(axes[0], panels.items(), strict=True):
+        rows = [[] for _ in range(depth)]
+        for kind in columns if name == "whole" else [name]:
+            for block, units, value, removed in cells[kind]:
+                place = columns.index(kind if name == "whole" else units)
+                colour = to_rgba(GONE) if removed else plt.colormaps[HEAT](norm(max(value, norm.vmin)))
+                rows[block].append((place, colour, (removed, -value)))
         picture = np.ones((depth, len(columns), 4))
-        for column, what in enumerate(columns):
-            for block, units, value, removed in cells[what if name == "whole" else name]:
-                if name == "whole" or units == what:
-                    colour = plt.colormaps[HEAT](norm(max(value, norm.vmin)))
-                    picture[block, column] = plt.matplotlib.colors.to_rgba(GONE) if removed else colour
+        for block, row in enumerate(rows):
+            if len(columns) > SORTED:
+                row = [(place, *rest) for place, (_, *rest) in enumerate(sorted(row, key=lambda cell: cell[2]))]
+            for place, colour, _ in row:
+                picture[block, place] = colour
         axis.imshow(picture, aspect="auto", interpolation="none")
         _cell_labels(axis, name, columns, depth)
     drawn = plt.cm.ScalarMappable(norm, HEAT)
@@ -61,9 +68,10 @@ def _cell_labels(axis: plt.Axes, name: str, columns: Sequence[Any], depth: int) 
         axis.set_xlabel("head")
     else:
         size, few = len(columns[0]), max(1, len(columns) // 6)
+        many = len(columns) > SORTED
         axis.set_xticks(range(0, len(columns), few), [units[0] for units in columns[::few]])
-        axis.set_xlabel("hidden neuron" if size == 1 else f"hidden neurons, {size} per cell")
-    if len(columns) <= 40:
+        axis.set_xlabel(f"hidden neurons{f', {size} per cell' * (size > 1)}{', sorted' * many}")
+    if len(columns) <= SORTED:
         axis.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
         axis.set_yticks(np.arange(depth + 1) - 0.5, minor=True)
         axis.grid(which="minor", color="w", linewidth=1)
@@ -113,13 +121,15 @@ def score_effect(table: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
-def ratios(table: pd.DataFrame, dense: Mapping[str, float], split: str) -> Figure:
-    """Accuracy of sliced models that were not fine-tuned against their cost: columns ranking, macs_g, top1."""
+def ratios(table: pd.DataFrame, dense: float) -> Figure:
+    """Accuracy of sliced models against their cost: columns ranking, macs_g, top1, n (images); dense: that of the
+    whole model."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     names = {*table.ranking}
     sns.lineplot(table, x="macs_g", y="top1", hue="ranking", palette=methods_palette(names), marker="o", ax=axis)
-    axis.axhline(dense["top1"], color="0.6", linestyle=":", label="dense")
-    axis.set(xlabel="GMACs per image", ylabel=f"{split} accuracy, not fine-tuned")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.axhline(dense, color="0.6", linestyle=":", label="dense")
+    axis.set(xlabel="GMACs per image", ylabel=f"validation accuracy, not fine-tuned (n={table.n[0]})")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.legend()
     sns.despine(figure)

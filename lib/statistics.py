@@ -146,6 +146,13 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a, b, dim=1)
 
 
+def rank_correlation(table: DataFrame, truth: str, by: str) -> DataFrame:
+    """Spearman's ρ of the magnitude of every other column with the column `truth`, within each group of `by`."""
+    estimates = [name for name in table if name not in (truth, by)]
+    groups = {name: rows[estimates].abs().corrwith(rows[truth], method="spearman") for name, rows in table.groupby(by)}
+    return type(table)(groups).T.rename_axis(by)
+
+
 def evenly(total: int, count: int) -> np.ndarray:
     """`count` indices spread evenly over 0 … total − 1, or all where there are fewer."""
     return np.linspace(0, total - 1, min(count, total)).astype(int)

@@ -1,10 +1,10 @@
-"""ACDC: remove every part whose removal the prediction hardly notices, trying them one by one from the last to the first.
+"""ACDC: remove every part whose removal the prediction hardly notices, trying one after another, late to early.
 
 Source: "Towards Automated Circuit Discovery" (arXiv 2304.14997). With p the clean model's prediction and p_R that
 without the parts R, in nats, mean over images:
 
-    for part c, late to early:   R ← R ∪ {c}  if  KL(p ‖ p_{R∪{c}}) < τ                      rule "absolute"
-                                              if  KL(p ‖ p_{R∪{c}}) − KL(p ‖ p_R) < τ        rule "increment" (the paper's)
+    for part c, late to early:  R ← R ∪ {c}  if  KL(p ‖ p_{R∪{c}}) < τ                  rule "absolute"
+                                             if  KL(p ‖ p_{R∪{c}}) − KL(p ‖ p_R) < τ    rule "increment", the paper's
 
 With "absolute" the final model's KL is below τ. `naive` is this loop as written. `decide` takes the same decisions
 sooner, exactly but for rounding (see lib.pruners.probe):
@@ -18,8 +18,10 @@ sooner, exactly but for rounding (see lib.pruners.probe):
   after refusals. What a wrong guess computed is thrown away.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ from lib.pruners import components
 from lib.pruners.components import KINDS, Component
 from lib.pruners.probe import STAGES, WHOLE, Probe, divergence, log_p
 from lib.pruners.surgery import Plan
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RULES = ("absolute", "increment")
 
@@ -72,10 +77,11 @@ def decide(
 ) -> list[Decision]:
     """ACDC's decisions in the order in which they are taken; what goes with a larger part is not listed.
 
-    batches: image tensors (B, 3, H, W), clean and un-augmented, on the model's device. threshold: τ in nats, at least 0.
+    batches: image tensors (B, 3, H, W), clean and un-augmented, on the model's device. threshold: τ in nats, from 0.
     rule: absolute or increment. parts: some of block, attn, mlp, head, neuron; group_size: neurons that go together.
     keep: parts that stay untried (see `screen`). cache_mb: memory for what is cached. ahead: how many parts are tried
-    together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. The model is left untouched. ValueError: anything not as above.
+    together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. The model is left
+    untouched. ValueError: anything not as above.
     """
     _check(threshold, rule)
     tried = [part for part in components.of(vit, group_size, parts) if part not in {*keep}]
@@ -127,8 +133,8 @@ def naive(
     """`decide` by running the whole model on all images for every part: what the fast way must agree with."""
     _check(threshold, rule)
     images = list(batches)
-    tried = sorted(reversed(components.of(vit, group_size, parts)),
-                   key=lambda part: (-part.block, STAGES.index(part.kind)))  # fmt: skip
+    place = lambda part: (-part.block, STAGES.index(part.kind), *(-unit for unit in part.units))  # noqa: E731
+    tried = sorted(components.of(vit, group_size, parts), key=place)
     gone, so_far, training = [], 0.0, vit.training
     vit.eval()
     try:
@@ -158,7 +164,7 @@ def effects(
     ahead: int | None = None,
     progress: bool = True,
 ) -> dict[Component, float]:
-    """What removing each part alone does: KL(clean ‖ without it) in nats, mean over images. Arguments as for `decide`."""
+    """What removing each part alone does: KL(clean ‖ without it) in nats, mean over images; arguments as `decide`."""
     tried, found = components.of(vit, group_size, parts), {}
     probe = Probe(vit, batches, cache_mb)
     ahead = ahead or probe.ahead
@@ -183,6 +189,14 @@ def _walk(vit: nn.Module, probe: Probe) -> Iterator[tuple[int, str]]:
         probe.leave()
 
 
+def against(effects: Mapping[Component, float], scores: Mapping[str, Mapping[str, Tensor]]) -> DataFrame:
+    """What `effects` found beside what rankings (by name, shaped as eap.scores) say: kind, effect, and each ranking."""
+    import pandas as pd
+
+    rankings = {name: [components.score(each, part) for part in effects] for name, each in scores.items()}
+    return pd.DataFrame({"kind": [part.kind for part in effects], "effect": [*effects.values()], **rankings})
+
+
 def screen(
     scores: Mapping[str, Tensor],
     tried: Iterable[Component],
@@ -192,8 +206,9 @@ def screen(
 ) -> list[Component]:
     """The parts that EAP is sure must stay, for `decide(keep=…)`: those whose estimated KL is above `margin` · bound.
 
-    scores: of eap.scores, objective "fisher": an estimate of the KL that removing a part costs; of several neurons their
-    sum. The bound is τ for "increment"; for "absolute" the largest estimate that fits when the smallest add up to τ.
+    scores: of eap.scores, objective "fisher": an estimate of the KL that removing a part costs; of several neurons
+    their sum. The bound is τ for "increment"; for "absolute" the largest estimate that fits when the smallest add up
+    to τ.
     """
     _check(threshold, rule)
     estimate = {part: components.score(scores, part) for part in tried}

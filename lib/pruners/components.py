@@ -95,6 +95,19 @@ def score(scores: Mapping[str, Tensor], part: Component) -> float:
     return float(scores[part.kind][part.block][list(part.units) or ...].sum())
 
 
+def scored(vit: nn.Module, values: Mapping[Component, float], plan: Plan) -> list[tuple[Component, float, bool]]:
+    """(part, value, whether `plan` removes it) for all parts that have a value, as figures take it."""
+    plan = plan.explicit(vit)
+
+    def removed(part: Component) -> bool:
+        if part.kind in ("head", "neuron"):
+            kept = (plan.heads if part.kind == "head" else plan.neurons)[part.block]
+            return not {*part.units} & {*kept}
+        return not getattr(plan, "blocks" if part.kind == "block" else part.kind)[part.block]
+
+    return [(part, value, removed(part)) for part, value in values.items()]
+
+
 def without(vit: nn.Module, removed: Iterable[Component]) -> dict[str, Tensor]:
     """Gates that are closed for the removed parts and open for all others."""
     closed = ones(vit)
@@ -106,10 +119,11 @@ def without(vit: nn.Module, removed: Iterable[Component]) -> dict[str, Tensor]:
 def plan(vit: nn.Module, removed: Iterable[Component]) -> Plan:
     """The Plan that removes these parts."""
     gate = without(vit, removed)
-    heads, neurons = ([[i for i in range(size) if row[i]] for row, size in zip(gate[kind].tolist(), each, strict=True)]
-                      for kind, each in zip(("head", "neuron"), zip(*map(sizes, vit.blocks), strict=True), strict=True))  # fmt: skip
-    stays = {kind: [bool(value) for value in gate[kind]] for kind in ("block", "attn", "mlp")}
-    return Plan(heads, neurons, stays["block"], stays["attn"], stays["mlp"])
+    units = {kind: [[unit for unit in range(sizes(block)[place]) if row[unit]]
+                    for block, row in zip(vit.blocks, gate[kind].tolist(), strict=True)]
+             for place, kind in enumerate(("head", "neuron"))}  # fmt: skip
+    stays = {kind: gate[kind].bool().tolist() for kind in ("block", "attn", "mlp")}
+    return Plan(units["head"], units["neuron"], stays["block"], stays["attn"], stays["mlp"])
 
 
 @contextlib.contextmanager
@@ -150,6 +164,4 @@ def _hooks(block: nn.Module, index: int, gate: dict[str, Tensor]) -> Iterator[An
     if "head" in gate and attn.num_heads:
         yield attn.proj.register_forward_pre_hook(lambda _, fed: (scale_heads(attn, fed[0]),))
     if "neuron" in gate and hasattr(mlp, "fc2"):
-        yield mlp.fc2.register_forward_pre_hook(
-            lambda fc2, fed: (fed[0] * of_block("neuron")[..., : fc2.in_features],)
-        )
+        yield mlp.fc2.register_forward_pre_hook(lambda fc2, fed: (fed[0] * of_block("neuron")[..., : fc2.in_features],))

@@ -11,8 +11,8 @@ do, where ACDC removes each and looks. With L what an image's prediction should 
 
 Why not the gradient of KL(p ‖ p_z), which ACDC measures? At z = 1 it is exactly zero, for every part, and what floating
 point leaves of it ranks noise. `fisher` is the first term of that KL which is not zero: KL ≈ ε² · score for a gate of
-1 − ε. `ig` leaves the point z = 1 and integrates that KL; its scores add up, over the parts of a kind and block, to minus
-the KL of removing them all.
+1 − ε. `ig` leaves the point z = 1 and integrates that KL; its scores add up, over the parts of a kind and block, to
+minus the KL of removing them all.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -79,7 +79,7 @@ def _at_one(
         logits = vit(images)
         log_p = logits.log_softmax(dim=1)
         if objective == "fisher":
-            found = {kind: 0.0 for kind in gate}
+            found = dict.fromkeys(gate, 0.0)
             for direction, weight in _directions(log_p.detach(), samples, generator):
                 slopes = _slopes((log_p * direction).sum(), gate)
                 found = {kind: found[kind] + weight * (slopes[kind] ** 2).sum(dim=0) for kind in gate}

@@ -50,7 +50,8 @@ class Probe:
         self.chunk, self.ahead = (8, 1) if self.images.device.type == "cpu" else (32, 8)
         self.chunks = len(self.images.split(self.chunk))
         self.kl, self.lost = 0.0, torch.zeros_like(self.clean[:, 0])
-        self.worry = -(self.clean.exp() * self.clean).sum(dim=1)  # what an image is likely to lose: at first, its entropy
+        # What an image is likely to lose: at first its entropy.
+        self.worry = -(self.clean.exp() * self.clean).sum(dim=1)
         self.after: list[nn.Module] = []
         self.budget = cache_mb * 2**20
         self.fed: dict[int, dict[int, Tensor]] = {}  # block → chunk → what the block is fed
