@@ -47,7 +47,8 @@ class Probe:
         with torch.inference_mode():
             self.images, self.clean = torch.cat(batches), torch.cat([log_p(self.vit(x)) for x in batches])
         # Images and parts that run together: on a CPU few, which stay in its caches and let a sum of KL end early.
-        self.chunk, self.ahead = (8, 1) if self.images.device.type == "cpu" else (32, 8)
+        numbers = (vit.patch_embed.num_patches + vit.num_prefix_tokens) * vit.embed_dim  # of an image, between blocks
+        self.chunk, self.ahead = (min(64, max(8, 2**18 // numbers)), 1) if self.images.device.type == "cpu" else (32, 8)
         self.chunks = len(self.images.split(self.chunk))
         self.kl, self.lost = 0.0, torch.zeros_like(self.clean[:, 0])
         # What an image is likely to lose: at first its entropy.
