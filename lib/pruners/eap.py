@@ -146,7 +146,7 @@ def plan(
     """The Plan that keeps, of each kind in `parts`, the share with the scores of largest magnitude over all blocks.
 
     scores: as `scores` gives them, or any with these shapes; NaN is no part. keep_ratio: a share in (0, 1], or one per
-    kind; max(1, floor) of the parts stay, equal scores falling to the earlier. group_size: neurons that stay or go
+    kind, where 0 keeps none; max(1, floor) of the parts stay, equal scores falling to the earlier. group_size: neurons that stay or go
     together, by the sum of their scores. Ranking each kind alone makes plans of one ratio cost the same, whatever
     ranks them: a head costs the same in every block, and so does a neuron.
     """
@@ -159,7 +159,8 @@ def plan(
         there = ~value.isnan()
         order = value.masked_fill(~there, -1).flatten().argsort(descending=True, stable=True)
         kept = torch.zeros(value.numel(), dtype=torch.bool)
-        kept[order[: kept_count(ratio, int(there.sum()))].cpu()] = True
+        none = ratio == 0 and isinstance(keep_ratio, Mapping)
+        kept[order[: 0 if none else kept_count(ratio, int(there.sum()))].cpu()] = True
         stays[kind] = kept.view(value.shape)
     units = {kind: [[i for i, stay in enumerate(row) if stay] for row in stays[kind].tolist()]
              for kind in ("head", "neuron") if kind in stays}  # fmt: skip
