@@ -112,11 +112,10 @@ def _try(
     sets = [queue[: i + 1] if guess else queue[i : i + 1] for i in range(len(queue))]
     # The highest KL with which a set could still pass: with "increment" every removal before it allows τ more.
     limits = [threshold * (1 + i * (guess and increment)) + increment * probe.kl for i in range(len(sets))]
-    for part, lost in zip(queue, probe.effects(stage, sets, limits), strict=True):
-        kl = lost.mean().item()
+    for part, kl in zip(queue, (kl.mean().item() for kl in probe.effects(stage, sets, limits)), strict=True):
         removed = kl < threshold + increment * probe.kl
         if removed:
-            probe.remove(stage, part, lost)
+            probe.remove(stage, part, kl)
         yield part, removed, kl
         if removed != guess:
             return

@@ -36,7 +36,7 @@ class Probe:
 
     vit: a timm VisionTransformer; a copy of it is worked on. batches: image tensors (B, 3, H, W) on its device.
     cache_mb: memory for what is cached; what does not fit is computed again. kl: the mean over images of all that is
-    removed so far; lost: per image. ahead: how many parts are worth trying together here.
+    removed so far. ahead: how many parts are worth trying together here.
     """
 
     def __init__(self, vit: nn.Module, batches: Iterable[Tensor], cache_mb: float = 2048):
@@ -50,7 +50,7 @@ class Probe:
         numbers = (vit.patch_embed.num_patches + vit.num_prefix_tokens) * vit.embed_dim  # of an image, between blocks
         self.chunk, self.ahead = (min(64, max(8, 2**18 // numbers)), 1) if self.images.device.type == "cpu" else (32, 8)
         self.chunks = len(self.images.split(self.chunk))
-        self.kl, self.lost = 0.0, torch.zeros_like(self.clean[:, 0])
+        self.kl = 0.0
         # What an image is likely to lose: at first its entropy.
         self.worry = -(self.clean.exp() * self.clean).sum(dim=1)
         self.after: list[nn.Module] = []
@@ -67,12 +67,10 @@ class Probe:
     def _sort(self) -> None:
         """Images that lose much go first: their sum soonest shows that a part must stay."""
         order = self.worry.argsort(descending=True, stable=True)
-        self.images, self.clean, self.lost, self.worry = (
-            t[order] for t in (self.images, self.clean, self.lost, self.worry)
-        )
+        self.images, self.clean, self.worry = (t[order] for t in (self.images, self.clean, self.worry))
         for index, parts in self.fed.items():
-            whole = torch.cat([*parts.values()])[order] if len(parts) == self.chunks else None
-            self.fed[index] = {} if whole is None else dict(enumerate(whole.split(self.chunk)))
+            whole = [parts[chunk] for chunk in range(self.chunks)] if len(parts) == self.chunks else []
+            self.fed[index] = dict(enumerate(torch.cat(whole)[order].split(self.chunk))) if whole else {}
 
     def begin(self, stage: str) -> bool:
         """Go to a stage of the block; whether its parts are still there and not gone with a larger one."""
@@ -92,10 +90,10 @@ class Probe:
         self.fed.pop(self.index, None)
         self.held = {}
 
-    def remove(self, stage: str, part: Component, lost: Tensor) -> None:
-        """Take the part out for good; lost as `effects` gave it."""
+    def remove(self, stage: str, part: Component, kl: float) -> None:
+        """Take the part out for good; kl: the mean of what `effects` gave for it."""
         self.gone[stage].append(part)
-        self.kl, self.lost = lost.mean().item(), lost
+        self.kl = kl
         for what, chunk in [*self.held]:
             if what == stage:
                 self.held[what, chunk] = self.held[what, chunk] - self._term(stage, chunk, part)
