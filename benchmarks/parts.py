@@ -23,10 +23,10 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--arch", default="vit_tiny_patch16_224")
     parser.add_argument("--normalise", default="half", choices=("data", *data.STATISTICS))
-    parser.add_argument("--analyse", type=int, default=256, help="images that decide")
+    parser.add_argument("--analyse", type=int, default=128, help="images that decide")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     parser.add_argument(
-        "--thresholds", type=float, nargs="*", default=[0.01, 0.03, 0.1], help="of ACDC, rule increment"
+        "--thresholds", type=float, nargs="*", default=[0.003, 0.01, 0.03], help="of ACDC, rule increment"
     )
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
@@ -48,6 +48,7 @@ def main() -> None:
         found = acdc.decide(vit, [x for x, _ in batches], threshold, "increment", ("head", "neuron"), progress=False)
         plan = components.plan(vit, [each.part for each in found if each.removed])
         plans[f"acdc τ={threshold:g}"] = plan
+        print(f"acdc τ={threshold:g}: {plan.shares(vit)}", flush=True)
         if plan.shares(vit)["head"] > 0:
             plans |= {f"{name} like τ={threshold:g}": eap.plan(each, plan.shares(vit)) for name, each in scores.items()}
     plans |= {f"{name} {ratio:g}": eap.plan(each, ratio) for ratio in arguments.ratios for name, each in scores.items()}

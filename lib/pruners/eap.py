@@ -147,8 +147,8 @@ def plan(
 
     scores: as `scores` gives them, or any with these shapes; NaN is no part. keep_ratio: a share in (0, 1], or one per
     kind, where 0 keeps none; max(1, floor) of the parts stay, equal scores falling to the earlier. group_size: neurons
-    that stay or go together, by the sum of their scores. Ranking each kind alone makes plans of one ratio cost the same,
-    whatever ranks them: a head costs the same in every block, and so does a neuron.
+    that stay or go together, by the sum of their scores. Ranking each kind alone makes plans of one ratio cost the
+    same, whatever ranks them: a head costs the same in every block, and so does a neuron.
     """
     if unknown := {*parts} - {*scores} or not parts:
         raise ValueError(f"parts are {sorted(unknown) if parts else '()'}: expected some of {', '.join(scores)}")
