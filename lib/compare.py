@@ -1,26 +1,36 @@
 """Many runs, one table: what compare.ipynb shows. Any run whose metrics.json names a `method` takes part."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from lib import evaluate
-from lib.pruners.tokens import TokenPruner
 from lib.runs import resolve
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
 NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", "output_dir", "run_name", "resume")
+# What evaluate.classification says of predictions, besides the accuracy of each class.
+SCORES = (
+    *("top1", "top5", "precision_macro", "recall_macro", "f1_macro"),
+    *("confidence", "confidence_correct", "confidence_incorrect", "confidence_gap"),
+    *("entropy_nats", "nll_nats", "brier", "ece"),
+)
+GIVEN = "given"  # the method of models that were given by path: what made them is not known
+COSTS = {"latency": "latency_ms", "macs": "macs_g", "params": "params_m"}
 
 
 class CompareError(ValueError):
-    """Nothing to compare: one line saying what was looked for."""
+    """Nothing to compare, or what cannot be: one line saying what was found and what was expected."""
+
+
+class NoRuns(CompareError):
+    """No finished run where one was looked for."""
 
 
 def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, str]]:
@@ -28,15 +38,16 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
 
     Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. An arm is one method
     made in one way, with one row per seed. It is named by method and keep_ratio, or `setting` for methods without a
-    ratio; where those are made in several ways, by the folder too. dataset "" is the most frequent one; runs on other
-    images under its name are left out.
+    ratio; where those are made in several ways, by the folder too. dataset (a name, or a path
+    that ends in it) "" is the most frequent one; runs on other images under its name are left out. NoRuns where
+    none is left.
     """
     rows, left_out = [], {}
     base, relative = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
     for params_file in sorted(base.glob(f"{relative}/params.json")):
         run = params_file.parent
         if not (run / "DONE").exists():
-            left_out[_name(run)] = "not finished (no DONE)"
+            left_out[name_of(run)] = "not finished (no DONE)"
             continue
         metrics, params, facts = (read(run, name) for name in ("metrics", "params", "provenance"))
         if "method" not in metrics:
@@ -45,12 +56,12 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
         made = {"run": str(run), "made": _making(run), "digest": facts.get("dataset_digest")}
         rows.append({**made, "seed": params.get("seed", 0), "keep_ratio": np.nan, "setting": None, **numbers})
     if not rows:
-        raise CompareError(f"no finished run in {pattern} ({len(left_out)} unfinished): run a method's notebook first")
+        raise NoRuns(f"no finished run in {pattern} ({len(left_out)} unfinished): run a method's notebook first")
     table = pd.DataFrame(rows)
-    chosen = dataset or table.dataset.mode()[0]
+    chosen = Path(dataset).name or table.dataset.mode()[0]
     if chosen not in {*table.dataset}:
         names = ", ".join(sorted({*table.dataset}))
-        raise CompareError(f"no finished run in {pattern} is on dataset {chosen!r}: found {names}")
+        raise NoRuns(f"no finished run in {pattern} is on dataset {chosen!r}: found {names}")
     digest = table.digest[table.dataset == chosen].mode()[0]
     twin = ["method", "keep_ratio", "made", "seed"]
     for reason, rejected in (
@@ -59,7 +70,7 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
         ("made like another run, with the same seed", lambda rows: rows.duplicated(twin)),
     ):
         out = rejected(table)
-        left_out |= {_name(Path(run)): reason for run in table.run[out]}
+        left_out |= {name_of(Path(run)): reason for run in table.run[out]}
         table = table[~out]
     table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
     settings = table.setting.fillna(table.keep_ratio.map("{:g}".format))
@@ -96,7 +107,8 @@ def side_by_side(folders: Sequence[str | Path], digest: str) -> pd.DataFrame:
     return pd.DataFrame(rows).reindex(columns=names)
 
 
-def _name(run: Path) -> str:
+def name_of(run: Path) -> str:
+    """A run's name in texts: notebook/run."""
     return f"{run.parent.name}/{run.name}"
 
 
@@ -110,8 +122,8 @@ def _making(run: Path) -> str:
 
 
 def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
-    """The table with each arm's latency_ms and speedup as evaluate.latency measured them (its `model` is the arm)."""
-    columns = ["latency_ms", "latency_iqr_ms", "speedup", "speedup_iqr"]
+    """The table with each arm's time and speedup as evaluate.latency measured them (its `model` is the arm)."""
+    columns = ["latency_ms", "latency_iqr_ms", "throughput_ips", "batch_size", "speedup", "speedup_iqr"]
     measured = speed.rename(columns={"model": "arm"})[["arm", *columns]]
     return table.drop(columns=columns, errors="ignore").merge(measured, on="arm", how="left")
 
@@ -141,68 +153,82 @@ def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
     return found.sort_values(["macs_g", metric], ascending=False, ignore_index=True)
 
 
+def evaluation(table: pd.DataFrame, metric: str, classes: Sequence[str]) -> pd.DataFrame:
+    """Everything measured, one row per arm: SCORES, per_class_accuracy (a dict) and costs, as means over seeds.
+
+    accuracy_per_ms, and whether an arm is Pareto-optimal against each of COSTS (pareto_latency, …), go by the metric.
+    Scores that a run's metrics.json does not hold are computed from its predictions.
+    """
+    rows = []
+    costs = (*COSTS.values(), "throughput_ips", "batch_size", "speedup")
+    for arm, runs in table.groupby("arm", sort=False):
+        found = pd.DataFrame([_scores(run, classes) for run in runs.run])
+        means = found[[name for name in SCORES if name in found]].astype(float).mean()
+        each = pd.DataFrame([*found.per_class_accuracy]).astype(float).mean()
+        about = {"arm": arm, "method": runs.method.iloc[0], "keep_ratio": runs.keep_ratio.iloc[0], "seeds": len(runs)}
+        rows.append({**about, **means, **runs[[*costs]].mean(), "per_class_accuracy": each.to_dict()})
+    measured = pd.DataFrame(rows).astype({"batch_size": int})
+    measured["accuracy_per_ms"] = measured[metric] / measured.latency_ms
+    for name, cost in COSTS.items():
+        measured[f"pareto_{name}"] = evaluate.pareto(measured, cost, metric)
+    return measured
+
+
+def _scores(run: str, classes: Sequence[str]) -> dict[str, Any]:
+    found = read(run, "metrics")
+    wanted = {*SCORES, "per_class_accuracy"} - ({"top5"} if len(classes) < 5 else set())
+    if wanted <= found.keys():
+        return found
+    logits, labels = (torch.from_numpy(array) for array in _predictions(run))
+    return evaluate.classification(logits, labels, classes=classes) | found
+
+
 def baseline_arm(table: pd.DataFrame, baseline: str) -> str:
-    """The arm that the others are compared with: the first of the baseline method."""
-    runs = table[table.method == baseline]
+    """The arm that the others are compared with: the first of this name or method; without runs, the first model."""
+    runs = table[(table.arm == baseline) | (table.method == baseline)]
+    if runs.empty and (table.method == GIVEN).all():
+        runs = table
     if runs.empty:
         raise CompareError(f"no run of baseline {baseline!r} here: expected one of {', '.join(table.method.unique())}")
     return str(runs.arm.iloc[0])
 
 
-def _correct(run: str) -> np.ndarray:
+def _predictions(run: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, C) and labels (N,) of the test images."""
     with np.load(Path(run) / "test.npz") as arrays:
-        return arrays["logits"].argmax(axis=1) == arrays["labels"]
+        return arrays["logits"], arrays["labels"]
+
+
+def _correct(run: str) -> np.ndarray:
+    logits, labels = _predictions(run)
+    return logits.argmax(axis=1) == labels
 
 
 def recommend(summary: pd.DataFrame, metric: str, budget_ms: float, baseline: str) -> pd.DataFrame:
-    """Which arm to use, for four wishes, with the reason; `baseline` is an arm, and counts as a choice."""
+    """Which arm to use, for five wishes, with the reason; `baseline` is an arm, and counts as a choice."""
     base = summary[summary.arm == baseline].iloc[0]
-    within = summary[summary.latency_ms <= budget_ms]
+    rates = summary.assign(rate=summary[metric] / summary.latency_ms)
+    # a point is 0.01; the epsilon keeps what is exactly one point worse
+    point, five = (summary[summary[metric] >= base[metric] - loss - 1e-9] for loss in (0.01, 0.05))
     wishes = {
-        "fastest within one point of the baseline": _within(summary, metric, base, 0.01).nsmallest(1, "latency_ms"),
-        f"most accurate under {budget_ms:.1f} ms per batch": within.nlargest(1, metric),
-        "most accuracy per ms": summary.assign(rate=summary[metric] / summary.latency_ms).nlargest(1, "rate"),
-        "fewest multiply-adds within five points": _within(summary, metric, base, 0.05).nsmallest(1, "macs_g"),
+        "fastest within one point of the baseline": (point, "latency_ms", True),
+        f"most accurate under {budget_ms:.1f} ms per batch": (summary[summary.latency_ms <= budget_ms], metric, False),
+        "most accuracy per ms": (rates, "rate", False),
+        "fewest multiply-adds within five points": (five, "macs_g", True),
+        "fewest parameters within five points": (five, "params_m", True),
     }
     rows = []
-    for wish, choice in wishes.items():
-        if choice.empty:
+    for wish, (choices, by, rising) in wishes.items():
+        if choices.empty:
             fastest = f"the fastest takes {summary.latency_ms.min():.1f} ms"
             rows.append({"wish": wish, "use": "none", "because": fastest})
             continue
-        best = choice.iloc[0]
-        change = 100 * (best[metric] - base[metric])
-        because = f"{metric} {best[metric]:.3f} ({change:+.1f} points) at {best.speedup:.2f}× the baseline's speed"
-        rows.append({"wish": wish, "use": best.arm, "because": because})
+        # token methods share their parameters: among equals the more accurate, then the faster
+        best = choices.sort_values([by, metric, "latency_ms"], ascending=[rising, False, True]).iloc[0]
+        change = f"{metric} {best[metric]:.3f} ({100 * (best[metric] - base[metric]):+.1f} points)"
+        costs = f"{best.speedup:.2f}× the baseline's speed, {best.macs_g:.3f} GMACs, {best.params_m:.2f} M parameters"
+        rows.append({"wish": wish, "use": best.arm, "because": f"{change} at {costs}"})
     return pd.DataFrame(rows)
-
-
-def _within(summary: pd.DataFrame, metric: str, base: pd.Series, loss: float) -> pd.DataFrame:
-    return summary[summary[metric] >= base[metric] - loss]
-
-
-def patch_grid(models: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """The (rows, columns) of patches that the models share."""
-    grids = {getattr(model, "vit", model).patch_embed.grid_size for model in models.values()}
-    if len(grids) != 1:
-        raise CompareError(f"models cut images into different grids {sorted(grids)}: compare those of one grid")
-    return grids.pop()
-
-
-def kept(models: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, list[torch.Tensor]]:
-    """Per token pruner that drops anything, the patches of each image (n, H, W, 3) that stayed to its end.
-
-    Its end is the last block that kept any of its patches: with A-ViT an image may leave before the last block.
-    """
-    x = evaluate.inputs(images, data)
-    patches, found = int(np.prod(patch_grid(models))), {}
-    for name, model in models.items():
-        if isinstance(model, TokenPruner):
-            kept = model.trace(x.to(next(model.parameters()).device)).kept
-            stayed = [next(ids.cpu() for ids in reversed(each) if len(ids)) for each in zip(*kept, strict=True)]
-            if any(len(ids) < patches for ids in stayed):
-                found[name] = stayed
-    return found
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

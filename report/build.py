@@ -29,6 +29,7 @@ COLUMNS = {
     "p": ("p", "{:.1g}"),
     "f1_macro": ("macro-F1", "{:.3f}"),
     "macs_g": ("GMACs", "{:.3f}"),
+    "params_m": ("M parameters", "{:.2f}"),
     "latency_ms": ("ms / batch", "{:.1f}"),
     "speedup": ("speed", "{:.2f}×"),
     "mean_depth": ("blocks / patch", "{:.2f}"),
@@ -99,22 +100,14 @@ def build(outputs: Path) -> Path:
     comparisons = [run for run in finished if run.parent.name == "compare"]
     newest = max(comparisons, key=lambda run: (run / "DONE").stat().st_mtime, default=None)
     comparison = read(newest / "metrics.json") if newest else {}
-    figures = [
-        {"title": title, "picture": embedded(newest / "figures" / f"{name}.png", 1400)}
-        for name, title in {
-            "kept": "What each method lets the model see",
-            "accuracy_macs": "Accuracy against multiply-adds",
-            "accuracy_latency": "Accuracy against measured time",
-        }.items()
-        if newest and (newest / "figures" / f"{name}.png").exists()
-    ]
+    pictures = sorted((newest / "figures").glob("*.png")) if newest else []
     page = pages / "index.html"
     template = jinja2.Environment(autoescape=True).from_string((HERE / "index.html.j2").read_text())
     page.write_text(
         template.render(
             cards=[run_card(run, pages) for run in finished],
             unfinished=unfinished,
-            figures=figures,
+            figures={picture.stem: embedded(picture, 1800) for picture in pictures},
             rows=comparison.get("summary", []),
             columns=COLUMNS,
             advice=comparison.get("advice", []),

@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 TINY = {"batch_size": 16, "augment": "none"}
+SCORES = {  # of every model in a comparison, over 4 classes
+    *("top1", "precision_macro", "recall_macro", "f1_macro", "per_class_accuracy", "confidence", "confidence_correct"),
+    *("confidence_incorrect", "confidence_gap", "entropy_nats", "nll_nats", "brier", "ece", "macs_g", "params_m"),
+    *("latency_ms", "throughput_ips", "accuracy_per_ms", "pareto_latency", "pareto_macs", "pareto_params"),
+}
 
 
 def command(notebook: str, folder: Path, **values) -> tuple[Path, list[str]]:
@@ -179,29 +184,46 @@ def test_avit_visual(folder, dense, avit):
     assert "method" not in metrics, "no arm of comparisons"
 
 
-def test_compare(folder, dense, stage1, stage2, avit):
+@pytest.fixture(scope="module")
+def comparison(folder, dense, stage1, stage2, avit) -> tuple[Path, str]:
+    """A comparison of all runs and a state dict from elsewhere, and what it printed."""
     unfinished = folder / "ucb_stage2" / "half"
     unfinished.mkdir(parents=True)
     (unfinished / "params.json").write_text("{}")
-    run, result = papermill("compare", folder, runs=f"{folder}/*/*", repeats=3)
+    torch.save(models.load(dense).state_dict(), folder / "theirs.pth")
+    run, result = papermill(
+        "compare", folder, runs=f"{folder}/*/*", models=[f"vit_digits={folder}/theirs.pth"], repeats=3
+    )
     assert result.returncode == 0, result.stderr[-3000:]
+    printed = "".join(output.get("text", "") for cell in nbformat.read(run / "notebook.ipynb", 4).cells
+                      for output in cell.get("outputs", []))  # fmt: skip
+    return run, printed
+
+
+def test_compare(comparison):
+    run, printed = comparison
     metrics = json.loads((run / "metrics.json").read_text())
     arms = {row["arm"]: row for row in metrics["summary"]}
     assert {"dense 1", "ucb 0.25", "avit-finetuned ponder 0.03"} <= {*arms}
     assert arms["avit-finetuned ponder 0.03"]["keep_ratio"] is None and arms["dense 1"]["mean_depth"] is None
     assert arms["dense 1"]["speedup"] == 1 and arms["dense 1"]["difference"] == 0
+    theirs = {"method": "given", "top1": arms["dense 1"]["top1"], "p": 1, "difference": 0}
+    assert theirs.items() <= arms["theirs"].items(), "the dense weights again, as a state dict"
+    evaluation = json.loads((run / "evaluation_metrics.json").read_text())
+    assert evaluation.keys() == arms.keys()
+    for arm, row in evaluation.items():
+        assert row.keys() >= SCORES, arm
+        assert row["throughput_ips"] == pytest.approx(1000 * row["batch_size"] / row["latency_ms"])
+        assert row["latency_ms"] == pytest.approx(arms[arm]["latency_ms"]) and row["top1"] == arms[arm]["top1"]
+    assert len(metrics["advice"]) == 5
     assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
-        "kept",
-        "accuracy_macs",
-        "accuracy_latency",
+        *("kept", "accuracy_macs", "accuracy_latency", "evaluation_results")
     }
     assert (run / "runs.csv").exists() and (run / "runs.parquet").exists() and (run / "summary.csv").exists()
-    printed = "".join(output.get("text", "") for cell in nbformat.read(run / "notebook.ipynb", 4).cells
-                      for output in cell.get("outputs", []))  # fmt: skip
     assert "ucb_stage2/half: not finished" in printed
 
 
-def test_report(folder, stage2):
+def test_report(folder, stage2, comparison):
     """The index stands alone: pictures inside, links only to pages that are there, nothing left out unsaid."""
     result = subprocess.run([sys.executable, ROOT / "report" / "build.py", folder], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -213,6 +235,9 @@ def test_report(folder, stage2):
     pictures = re.findall(r'src="([^"]+)"', text)
     assert len(pictures) >= 3 and all(picture.startswith("data:image/") for picture in pictures)
     assert "papermill notebooks/ucb_stage2.ipynb" in text
+    for title in ("What each method lets the model see", "Everything measured", "Accuracy against measured time"):
+        assert f'alt="{title}"' in text
+    assert "<th>M parameters</th>" in text
     executed = (page.parent / "ucb_stage2-t.html").read_text()
     assert "UCB stage 2" in executed and "data:image/png" in executed
 

@@ -1,0 +1,192 @@
+"""What takes part in a comparison, ready to be measured: the models of finished runs, and models given by path."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from lib import compare, data, evaluate, models
+from lib.compare import CompareError
+from lib.pruners.tokens import TokenPruner
+from lib.runs import Run, resolve, root, write_json
+
+COUNTED = 256  # test images that multiply-adds are counted on where the work depends on the image
+
+
+class Arms(NamedTuple):
+    """table: what compare.collect returns, with the models given by path. models: one per arm, by its name. images: the
+    dataset, normalised as all of them take it now."""
+
+    table: pd.DataFrame
+    models: dict[str, nn.Module]
+    images: Any
+
+
+class Arm(NamedTuple):
+    """A model and what was saved with it: its data, pixel statistics and classes; {} where nothing was."""
+
+    model: nn.Module
+    about: dict[str, Any]
+
+
+def collect(run: Run) -> Arms:
+    """The arms that the parameters of compare.ipynb name: `runs`, `dataset`, `models`, `normalise`, `img_size`.
+
+    A model given by path is measured on the test images; its predictions and scores lie below the run's folder, in
+    given/<arm>. CompareError, one line: nothing found, a file that is no such model, one for other classes or images,
+    two of one name. What is left out is printed with the reason.
+    """
+    table = _finished(run)
+    images = _images(run, table)
+    firsts = table.drop_duplicates("arm").itertuples()
+    found = {row.arm: Arm(models.load(row.run), _about(row.run)) for row in firsts}
+    given = []
+    for spec in map(str, run.params["models"]):
+        name, arm = _given(spec, images)
+        if name in found:
+            raise CompareError(f"models: two arms are named {name!r}: rename one's file or folder")
+        found[name] = arm
+        given.append(name)
+    if all("mean" in arm.about for arm in found.values()):
+        run.refuse("normalise", because="every model says what it was trained with")
+    fed = {name: _as_fed(images, arm.about, run.params["normalise"]) for name, arm in found.items()}
+    rows = [_measured(run, name, found[name].model, fed[name]) for name in given]
+    images = next(iter(fed.values()))
+    for name, arm in found.items():
+        renormalise(arm.model, fed[name], images)
+    parts = [part for part in (table, pd.DataFrame(rows)) if len(part)]
+    return Arms(pd.concat(parts, ignore_index=True), {name: arm.model for name, arm in found.items()}, images)
+
+
+def _finished(run: Run) -> pd.DataFrame:
+    try:
+        table, left_out = compare.collect(root() / run.params["runs"], run.params["dataset"])
+    except compare.NoRuns as error:
+        if not run.params["models"]:
+            raise
+        print(f"{error}; comparing the given models alone")
+        return pd.DataFrame(columns=["arm", "run"])
+    print(f"{len(table)} runs on {table.dataset[0]}")
+    print(*(f"left out {name}: {why}" for name, why in left_out.items()), sep="\n")
+    return table
+
+
+def _images(run: Run, table: pd.DataFrame) -> Any:
+    """The data of the runs, or without runs that of the parameters."""
+    if len(table):
+        run.refuse("img_size", because="the runs bring their images")
+        return data.load(**_about(table.run[0])["data"], root=root() / "data")
+    if not run.params["dataset"]:
+        raise CompareError("dataset is empty, and no run says which images: expected a name or path")
+    dataset, size = resolve(run.params["dataset"]), run.params["img_size"] or None
+    return data.load(dataset, img_size=size, root=root() / "data")
+
+
+def _about(path: str | Path) -> dict[str, Any]:
+    return models.header(path)["metadata"]
+
+
+def _given(spec: str, images: Any) -> tuple[str, Arm]:
+    """The name of a given model as an arm, and the model: a run or saved model, or arch=file for a state dict."""
+    arch, bare, file = spec.partition("=")
+    bare = bare and not Path(resolve(spec)).exists()  # a path may hold "="
+    path = Path(resolve(file if bare else spec))
+    path = path / "model.safetensors" if path.is_dir() else path
+    size, wanted = images.test.images.shape[1], len(images.classes)
+    try:
+        if bare:
+            arm = Arm(models.create(arch, wanted, size, path).eval(), {})
+        else:
+            arm = Arm(models.load(path).float(), _about(path))  # whatever it was saved in: all are timed in fp32
+        vit = getattr(arm.model, "vit", arm.model)
+        models.match(vit, evaluate.image_shape(images))
+    except models.ModelError as error:
+        hint = "" if bare else " (a run, a saved model, or arch=file for a state dict)"
+        raise CompareError(f"models: {error}{hint}") from error
+    classes = _classes(path, vit) if bare else vit.num_classes
+    if classes != wanted:
+        raise CompareError(f"models: {path} tells {classes} classes apart: expected the {wanted} of {images.name}")
+    if arm.about.get("classes", images.classes) != images.classes:
+        raise CompareError(f"models: {path} was trained for other classes than those of {images.name}")
+    return (compare.name_of(path.parent) if path.name == "model.safetensors" else path.stem), arm
+
+
+def _classes(path: Path, vit: nn.Module) -> int:
+    """How many classes the head in a state dict tells apart. models.create lets a head for other classes start at
+    random: right for training, and meaningless when measured."""
+    state = timm.models.load_state_dict(str(path), weights_only=True)
+    return len(checkpoint_filter_fn(state, vit)["head.weight"])
+
+
+def _as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
+    """The images with the pixel statistics that a model was trained with; `normalise` where it does not say."""
+    if "mean" in about:
+        return replace(images, mean=tuple(about["mean"]), std=tuple(about["std"]))
+    return images.normalised(normalise)
+
+
+def _measured(run: Run, name: str, model: nn.Module, images: Any) -> dict[str, Any]:
+    """A row of compare.collect's table for a given model: what its folder below the run holds, read as a run's."""
+    model.to(evaluate.device())
+    sample = None
+    if isinstance(model, TokenPruner):
+        sample = evaluate.batch(images, COUNTED).to(evaluate.device())
+    scores, predicted = evaluate.test(model, images, count_on=sample)
+    about = {"method": compare.GIVEN, "dataset": images.name}
+    write_json(run.dir / "given" / name / "metrics.json", about | scores)
+    run.arrays(f"given/{name}/test", logits=predicted.logits, labels=predicted.labels)
+    numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+    return {"run": str(run.dir / "given" / name), "arm": name, "seed": 0, "keep_ratio": np.nan, **about, **numbers}
+
+
+@torch.no_grad()
+def renormalise(model: nn.Module, own: Any, images: Any) -> None:
+    """Let a ViT take pixels normalised by images.mean and .std that was trained with own.mean and .std: same logits.
+
+    The patch embedding is linear, so the change goes into its weights, costs no time and holds for whatever looks at
+    the model: W(ax + b) = (Wa)x + Wb with a = images.std / own.std, b = (images.mean − own.mean) / own.std.
+    """
+    if (own.mean, own.std) == (images.mean, images.std):
+        return
+    embed = getattr(model, "vit", model).patch_embed.proj
+    mean, std, own_mean, own_std = (
+        torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
+        for values in (images.mean, images.std, own.mean, own.std)
+    )
+    weight = embed.weight.double().cpu()
+    shift = (weight * (mean - own_mean) / own_std).sum(dim=(1, 2, 3))
+    before = 0 if embed.bias is None else embed.bias.double().cpu()
+    embed.bias = nn.Parameter((before + shift).to(embed.weight))
+    embed.weight.copy_(weight * std / own_std)
+
+
+def patch_grid(shown: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """The (rows, columns) of patches that the token pruners share; of the first model where there are none."""
+    pruners = [model for model in shown.values() if isinstance(model, TokenPruner)] or [next(iter(shown.values()))]
+    grids = {getattr(model, "vit", model).patch_embed.grid_size for model in pruners}
+    if len(grids) != 1:
+        raise CompareError(f"token pruners cut images into different grids {sorted(grids)}: compare those of one grid")
+    return grids.pop()
+
+
+def kept(shown: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, list[torch.Tensor]]:
+    """Per token pruner that drops anything, the patches of each image (n, H, W, 3) that stayed to its end.
+
+    Its end is the last block that kept any of its patches: with A-ViT an image may leave before the last block.
+    """
+    x = evaluate.inputs(images, data)
+    patches, found = int(np.prod(patch_grid(shown))), {}
+    for name, model in shown.items():
+        if isinstance(model, TokenPruner):
+            kept = model.trace(x.to(next(model.parameters()).device)).kept
+            stayed = [next(ids.cpu() for ids in reversed(each) if len(ids)) for each in zip(*kept, strict=True)]
+            if any(len(ids) < patches for ids in stayed):
+                found[name] = stayed
+    return found
