@@ -32,6 +32,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/avit.py
+	$(BIN)/python benchmarks/acdc.py
 
 report: $(VENV)/ready
 	$(BIN)/python report/build.py outputs

@@ -223,6 +223,72 @@ def test_compare(comparison):
     assert "ucb_stage2/half: not finished" in printed
 
 
+@pytest.fixture(scope="module")
+def acdc(folder, dense) -> Path:
+    values = {"model_path": str(dense), "threshold": 0.05, "group_size": 96, "thresholds": [0, 0.05], **TINY}
+    run, result = papermill("acdc", folder, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run
+
+
+def test_acdc(dense, acdc):
+    metrics = check_run(acdc, "kl_path", "parts", "training", "confusion")
+    assert metrics["method"] == "acdc" and metrics["setting"] == "increment 0.05"
+    assert 0 < metrics["removed"] < metrics["tried"] <= metrics["parts"] == 6 * (1 + 2 + 3 + 4)
+    assert metrics["macs_g"] < metrics["dense_macs_g"] and metrics["speedup"] > 0 and metrics["kl_nats"] > 0
+    nothing, same = metrics["thresholds"]
+    assert nothing["macs_g"] == metrics["dense_macs_g"] and nothing["kl_nats"] == 0
+    assert same["kl_nats"] == metrics["kl_nats"] and same["macs_g"] == pytest.approx(metrics["macs_g"])
+    whole, small = models.load(dense), models.load(acdc)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
+    with pytest.raises(AssertionError):  # fine-tuned: the kept rows are no longer those of the dense model
+        torch.testing.assert_close(small.cls_token, whole.cls_token)
+
+
+def test_acdc_screened_and_not_tuned(folder, dense):
+    values = {
+        "model_path": str(dense),
+        "rule": "absolute",
+        "threshold": 0.2,
+        "screen_margin": 1.0,
+        "finetune_epochs": 0,
+    }
+    values |= {"thresholds": [], "effect_images": 0, "parts": ["head", "neuron"], "run_name": "screened", **TINY}
+    run, result = papermill("acdc", folder, ROOT / "notebooks", **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["tried"] < metrics["parts"] and metrics["kl_nats"] < 0.01
+    assert metrics["top1"] == metrics["oneshot_top1"]
+
+
+def test_eap(folder, dense, acdc):
+    values = {"model_path": str(dense), "keep_ratio": 0.5, "ratios": [0.9, 0.5], "group_size": 2, **TINY}
+    run, result = papermill("eap", folder, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_run(run, "parts", "score_effect", "ratios", "training", "confusion")
+    assert metrics["method"] == "eap-fisher" and metrics["keep_ratio"] == 0.5
+    assert metrics["heads_kept"] == 0.5 and metrics["neurons_kept"] == 0.5
+    assert {*metrics["rank_correlation"]["neuron"]} == {"fisher", "ce", "taylor", "magnitude", "random"}
+    costs = {row["keep_ratio"]: row["macs_g"] for row in metrics["ratios"]}
+    assert all(row["macs_g"] == pytest.approx(costs[row["keep_ratio"]]) for row in metrics["ratios"]), "equal cost"
+
+    cheap = {"effect_images": 0, "ratios": [], "finetune_epochs": 0, **TINY}
+    for name, more in {
+        "like": {"objective": "magnitude", "like": str(acdc)},
+        "task": {"use_task_loss": True, "parts": ["block", "attn", "mlp"]},
+        "path": {"objective": "ig", "use_task_loss": True},
+    }.items():
+        run, result = papermill("eap", folder, model_path=str(dense), run_name=name, **cheap, **more)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found = json.loads((run / "metrics.json").read_text())
+        assert found["method"] == {"like": "magnitude parts", "task": "eap-ce", "path": "eap-ig"}[name]
+        if name == "like":
+            reference = json.loads((acdc / "metrics.json").read_text())
+            kept = ("heads_kept", "neurons_kept")
+            assert [found[share] for share in kept] == [reference[share] for share in kept]
+            assert found["setting"] == "like t"
+
+
 def test_report(folder, stage2, comparison):
     """The index stands alone: pictures inside, links only to pages that are there, nothing left out unsaid."""
     result = subprocess.run([sys.executable, ROOT / "report" / "build.py", folder], capture_output=True, text=True)
@@ -255,13 +321,15 @@ assert first == again and (first / "DONE").exists() and (first / "notebook.ipynb
     assert "no finished run with" in result.stdout and "ucb_stage1: using" in result.stdout
 
 
-@pytest.mark.parametrize("notebook", ["dense", "ucb_stage1", "ucb_stage2", "avit"])
+@pytest.mark.parametrize("notebook", ["dense", "ucb_stage1", "ucb_stage2", "avit", "acdc", "eap"])
 def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, dataset, dense, stage1, tmp_path, notebook):
     values = {
         "dense": {"dataset": dataset, "weights": "", "epochs": 12},
         "ucb_stage1": {"ckpt": str(dense), "num_train_epochs": 12},
         "ucb_stage2": {"stage1_checkpoint_path": str(stage1), "num_train_epochs": 12},
         "avit": {"ckpt": str(dense), "gate_center": 1.0, "learn_gate": True, "epochs": 12},
+        "acdc": {"model_path": str(dense), "threshold": 0.05, "thresholds": [], "finetune_epochs": 12},
+        "eap": {"model_path": str(dense), "ratios": [], "finetune_epochs": 12},
     }[notebook] | {**TINY, "augment": "shift"}
     whole, result = papermill(notebook, tmp_path / "whole", **values)
     assert result.returncode == 0, result.stderr[-2000:]
