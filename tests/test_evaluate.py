@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -586,3 +587,34 @@ def test_import_is_light():
     code = "import sys, lib.evaluate; print({'torchmetrics', 'statsmodels', 'pandas'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_two_classes_of_one_name_go_by_their_ids(tiny):
+    twins = replace(tiny, classes=["crane", "crane", "pot"], class_ids=["n01", "n02", "n03"])
+    scores, _ = evaluate.test(tiny_vit(img_size=12, patch_size=3, num_classes=3), twins)
+    assert [*scores["per_class_accuracy"]] == ["n01", "n02", "n03"]
+
+
+def test_val_is_measured_while_something_is_chosen(tiny):
+    model = tiny_vit(img_size=12, patch_size=3, num_classes=3)
+    brighter = replace(tiny, test=tiny.test.take(np.arange(3)))
+    assert evaluate.test(model, brighter, split="val")[0]["n"] == 9 and evaluate.test(model, brighter)[0]["n"] == 3
+
+
+def test_batches_are_whole_labelled_and_spread(tiny):
+    found = evaluate.batches(tiny, 2, 4, split="train")
+    assert [len(images) for images, _ in found] == [4, 4]
+    rows = np.linspace(0, 23, 8).astype(int)
+    assert torch.cat([labels for _, labels in found]).tolist() == np.asarray(tiny.train.labels)[rows].tolist()
+    torch.testing.assert_close(found[0][0][:1], evaluate.inputs(tiny.train.images[:1], tiny))
+    assert sum(len(labels) for _, labels in evaluate.batches(tiny, 9, 4)) == 9, "no more than there are"
+    with pytest.raises(ValueError, match="no val images to look at"):
+        evaluate.batches(replace(tiny, val=tiny.val.take(np.arange(0))), 1, 1)
+
+
+def test_rank_correlation_is_spearmans_of_magnitudes_within_groups():
+    table = pd.DataFrame(
+        {"kind": ["a"] * 3 + ["b"] * 3, "effect": [1.0, 2, 3, 3, 2, 1], "score": [-1.0, -4, -9, 1, 2, 3]}
+    )
+    found = evaluate.rank_correlation(table, "effect", by="kind")
+    assert found.score.to_dict() == {"a": pytest.approx(1), "b": pytest.approx(-1)}
