@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lib.pruners import components
 from lib.pruners.components import KINDS, Component
-from lib.pruners.probe import STAGES, WHOLE, Probe, divergence, log_p
+from lib.pruners.probe import STAGES, WHOLE, Probe, divergence, log_p, some_images
 from lib.pruners.surgery import Plan
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def naive(
 ) -> Iterator[Decision]:
     """`decide` by running the whole model on all images for every part: what the fast way must agree with."""
     _check(threshold, rule)
-    images = list(batches)
+    images = some_images(batches)
     place = lambda part: (-part.block, STAGES.index(part.kind), *(-unit for unit in part.units))  # noqa: E731
     tried = sorted(components.of(vit, group_size, parts), key=place)
     gone, so_far, training = [], 0.0, vit.training

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import blocks
 from lib.pruners import components
 from lib.pruners.surgery import Plan, sizes
 from lib.pruners.tokens import kept_count
@@ -50,6 +51,11 @@ def scores(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}: expected one of {', '.join(OBJECTIVES)}")
+    if samples is not None and samples < 0:
+        raise ValueError(f"samples is {samples}: expected a number of projections from 1, or 0 for the exact term")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: expected a number of points from 1")
+    blocks.check(vit)
     if use_task_loss and objective == "fisher":
         objective = "ce"
     generator, total, count, training = torch.Generator().manual_seed(seed), None, 0, vit.training
@@ -152,6 +158,10 @@ def plan(
     """
     if unknown := {*parts} - {*scores} or not parts:
         raise ValueError(f"parts are {sorted(unknown) if parts else '()'}: expected some of {', '.join(scores)}")
+    if isinstance(keep_ratio, Mapping) and {*parts} - {*keep_ratio}:
+        raise ValueError(f"keep_ratio is {dict(keep_ratio)}: expected a share for each of {', '.join(parts)}")
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}: expected a number of neurons from 1")
     stays = {}
     for kind in parts:
         ratio = keep_ratio[kind] if isinstance(keep_ratio, Mapping) else keep_ratio
@@ -168,7 +178,10 @@ def plan(
         there = (~scores["neuron"].isnan()).tolist()
         units["neuron"] = [[i for i in range(len(row)) if row[i] and i // group_size in {*groups}]
                            for row, groups in zip(there, units["neuron"], strict=True)]  # fmt: skip
-    whole = {kind: stays[kind].tolist() for kind in ("block", "attn", "mlp") if kind in stays}
+    # Where a sublayer is no part, because it has no head or neuron left, the bias that it still adds stays.
+    whole = {
+        kind: (stays[kind] | scores[kind].isnan().cpu()).tolist() for kind in ("block", "attn", "mlp") if kind in stays
+    }
     return Plan(units.get("head"), units.get("neuron"), whole.get("block"), whole.get("attn"), whole.get("mlp"))
 
 

@@ -28,7 +28,15 @@ def log_p(logits: Tensor) -> Tensor:
 
 def divergence(clean: Tensor, logits: Tensor) -> Tensor:
     """KL(clean ‖ softmax(logits)) in nats per image (B,); clean: log-probabilities (B, C)."""
-    return (clean.exp() * (clean - log_p(logits))).sum(dim=1)
+    return (clean.exp() * (clean - log_p(logits))).sum(dim=1).clamp(min=0)  # rounding gives -1e-17 for what is equal
+
+
+def some_images(batches: Iterable[Tensor]) -> list[Tensor]:
+    """The batches as a list; ValueError where there is no image in them."""
+    batches = list(batches)
+    if not sum(map(len, batches)):
+        raise ValueError("batches are empty: expected at least one image tensor (B, 3, H, W)")
+    return batches
 
 
 class Probe:
@@ -41,9 +49,7 @@ class Probe:
 
     def __init__(self, vit: nn.Module, batches: Iterable[Tensor], cache_mb: float = 2048):
         self.vit = copy.deepcopy(vit).eval().requires_grad_(False)
-        batches = list(batches)
-        if not sum(map(len, batches)):
-            raise ValueError("batches are empty: expected at least one image tensor (B, 3, H, W)")
+        batches = some_images(batches)
         with torch.inference_mode():
             self.images, self.clean = torch.cat(batches), torch.cat([log_p(self.vit(x)) for x in batches])
         # Images and parts that run together: on a CPU few, which stay in its caches and let a sum of KL end early.

@@ -52,7 +52,8 @@ class Plan:
         counts = dict(zip(("heads", "neurons"), zip(*map(sizes, vit.blocks), strict=True), strict=False))
         stays = {name: [True] * depth if getattr(self, name) is None else [bool(kept) for kept in getattr(self, name)]
                  for name in ("blocks", "attn", "mlp")}  # fmt: skip
-        units = {name: getattr(self, name) or [None] * depth for name in ("heads", "neurons")}
+        units = {name: [None] * depth if getattr(self, name) is None else getattr(self, name)
+                 for name in ("heads", "neurons")}  # fmt: skip
         for name, given in (stays | units).items():
             if len(given) != depth:
                 raise ValueError(f"plan: {name} has {len(given)} entries, expected one for each of {depth} blocks")
@@ -103,6 +104,7 @@ def remove(vit: nn.Module, plan: Plan) -> nn.Module:
     for index in kept:
         slice_block(small.blocks[index], plan.heads[index], plan.neurons[index], plan.attn[index], plan.mlp[index])
     small.blocks = nn.Sequential(*(small.blocks[index] for index in kept))
+    small.blocks.training = vit.blocks.training
     with contextlib.suppress(models.ModelError):  # a model made elsewhere may be pruned, if not saved
         config = models.describe(vit)
         earlier = config.get("plan")
@@ -132,6 +134,7 @@ def slice_block(block: nn.Module, heads: list[int], neurons: list[int], attn: bo
     for norm, sublayer in (("norm1", block.attn), ("norm2", block.mlp)):
         if isinstance(sublayer, blocks.Bias):  # it does not look at what it is fed
             setattr(block, norm, nn.Identity())
+            sublayer.training = getattr(block, norm).training = block.training
 
 
 def _slice_attention(attn: nn.Module, heads: list[int]) -> None:
