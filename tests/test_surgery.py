@@ -260,7 +260,7 @@ def test_two_plans_are_one():
     assert same(twice, once) and repr(twice) == repr(once) and torch.equal(twice(images(vit)), once(images(vit)))
     assert models.describe(twice) == models.describe(once)
     assert both.heads == [[2], [], [], [], [], []] and both.blocks == [True, True, True, False, False, True]
-    assert both.neurons[:2] == [[2, 6, 180], [9]] and both.attn == [True, False, False, False, False, False]
+    assert both.neurons[:2] == [[2, 6, 180], [9]] and both.attn == [True, False, False, True, False, False]
 
 
 @pytest.mark.parametrize("plan", [*PLANS.values(), MIXED, MIXED.explicit(make("vit", depth=6)), Plan()])

@@ -134,7 +134,8 @@ def slice_block(block: nn.Module, heads: list[int], neurons: list[int], attn: bo
     for norm, sublayer in (("norm1", block.attn), ("norm2", block.mlp)):
         if isinstance(sublayer, blocks.Bias):  # it does not look at what it is fed
             setattr(block, norm, nn.Identity())
-            sublayer.training = getattr(block, norm).training = block.training
+            getattr(block, norm).train(block.training)
+            sublayer.train(block.training)
 
 
 def _slice_attention(attn: nn.Module, heads: list[int]) -> None:
