@@ -31,17 +31,19 @@ def kinds(case: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def alone(case: str, count: int = 10) -> dict[Component, float]:
-    """What removing each part alone costs, by physical removal."""
-    vit, parts = model(case), components.of(model(case), parts=kinds(case))
-    return {part: cost(vit, remove(vit, components.plan(vit, [part])), images(vit, count)) for part in parts}
-
-
 @torch.no_grad()
-def cost(vit: nn.Module, small: nn.Module, x: Tensor) -> float:
-    """KL(vit ‖ small), mean over images."""
-    clean, log_p = vit(x).log_softmax(dim=1), small(x).log_softmax(dim=1)
-    return (clean.exp() * (clean - log_p)).sum(dim=1).mean().item()
+def alone(case: str) -> dict[Component, float]:
+    """What removing each part alone costs, by physical removal."""
+    vit = model(case)
+    x, parts = images(vit, 10), components.of(vit, parts=kinds(case))
+    clean = vit(x)
+    return {part: cost(clean, remove(vit, components.plan(vit, [part]))(x)) for part in parts}
+
+
+def cost(clean: Tensor, logits: Tensor) -> float:
+    """KL(clean ‖ pruned) of logits, mean over images."""
+    clean, pruned = clean.log_softmax(dim=1), logits.log_softmax(dim=1)
+    return (clean.exp() * (clean - pruned)).sum(dim=1).mean().item()
 
 
 def threshold(case: str, rule: str, share: float) -> float:
@@ -73,16 +75,17 @@ def few_images_at_once(monkeypatch):
     monkeypatch.setattr(acdc, "Probe", Chunked)
 
 
+@torch.no_grad()
 def by_hand(vit, x, threshold, rule="absolute", parts=KINDS, group_size=64, keep=()) -> list[Decision]:
     """ACDC with physical removal, nothing shared with the library but the removal."""
-    gone, so_far, found = [], 0.0, []
+    gone, so_far, found, clean = [], 0.0, [], vit(x)
     tried = [part for part in components.of(vit, group_size, parts) if part not in keep]
     for index in reversed(range(len(vit.blocks))):
         for kind in ORDER:
             for part in reversed([part for part in tried if (part.block, part.kind) == (index, kind)]):
                 if any(one.block == index and one.kind in ("block", LARGER.get(kind)) for one in gone):
                     continue
-                kl = cost(vit, remove(vit, components.plan(vit, [*gone, part])), x)
+                kl = cost(clean, remove(vit, components.plan(vit, [*gone, part]))(x))
                 removed = kl < threshold if rule == "absolute" else kl - so_far < threshold
                 gone, so_far = ([*gone, part], kl) if removed else (gone, so_far)
                 found.append(Decision(part, removed, kl, so_far))
@@ -243,7 +246,7 @@ def test_the_pruned_model_is_within_the_threshold(case):
         plan = acdc.search(vit, [x], tau, rule, kinds(case), progress=False)
         found = decide(vit, [x], tau, rule, kinds(case))
         assert plan == components.plan(vit, [each.part for each in found if each.removed])
-        final = cost(vit, remove(vit, plan), x)
+        final = cost(vit(x), remove(vit, plan)(x))
         assert abs(final - found[-1].so_far) < 1e-10 and final > 0
         before = [0.0, *(each.so_far for each in found)]
         for each, so_far in zip(found, before, strict=False):

@@ -305,8 +305,8 @@ def test_the_largest_magnitudes_stay_whatever_their_sign():
     assert eap.plan(score, 0.4, parts=["head"]) == Plan(heads=[[1], [0], []])
     assert eap.plan(score, 0.6, parts=["head"]).heads == [[1], [0], [1]]
     assert eap.plan(score, 0.67, parts=["attn"]) == Plan(attn=[True, False, True])
-    both = eap.plan(score, {"head": 0.2, "attn": 0.34}, parts=["head", "attn"])
-    assert both == Plan(heads=[[1], [], []], attn=[True, False, False])
+    both = eap.plan(score, {"head": 0.2, "attn": 0.67}, parts=["head", "attn"])
+    assert both == Plan(heads=[[1], [], []], attn=[True, False, True])
 
 
 def test_equal_scores_fall_to_the_earlier():
