@@ -138,6 +138,12 @@ def compare(vit: nn.Module, batches: list[Tensor], search: dict, trials: int, le
         with mock.patch.object(acdc, "Probe", probe):
             return acdc.decide(vit, batches, **search, **how, progress=False)
 
+    tried = components.of(vit, parts=search["parts"])
+
+    def screened() -> list:
+        sure = acdc.screen(eap.scores(vit, [(x, None) for x in batches]), tried, search["threshold"], search["rule"])
+        return run(keep=sure)
+
     vit(batches[0])  # warm up
     ways = {"fast": run}
     if levers:
@@ -149,14 +155,8 @@ def compare(vit: nn.Module, batches: list[Tensor], search: dict, trials: int, le
             "without sorting images": lambda: run(Unsorted),
             "4 parts at once": lambda: run(ahead=4),
             "8 parts at once": lambda: run(ahead=8),
+            "screened by EAP": screened,
         }
-    tried = components.of(vit, parts=search["parts"])
-
-    def screened() -> list:
-        sure = acdc.screen(eap.scores(vit, [(x, None) for x in batches]), tried, search["threshold"], search["rule"])
-        return run(keep=sure)
-
-    ways["screened by EAP"] = screened
     rows = []
     for name, way in ways.items():
         spent, found = seconds(way)

@@ -152,7 +152,7 @@ class Run:
                 old.unlink(missing_ok=True)
         write_json(self.dir / "params.json", values)
         state = "done before: what is finished is reused" if self.done else (
-            "resumes" if any(self.dir.glob("last/*.pt")) else "new")  # fmt: skip
+            "resumes" if any(self.dir.glob("last/*")) else "new")  # fmt: skip
         print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
 
     def _shown(self) -> str:

@@ -332,6 +332,50 @@ def test_screening_that_keeps_nothing_changes_nothing():
     assert every == parts and decide(vit, [images(vit)], tau, "increment", keep=every) == []
 
 
+# ---- a stopped search -----------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+@pytest.mark.parametrize("ahead", [1, 8])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_stopped_search_goes_on_where_it_was(tmp_path, monkeypatch, rule, ahead, after):
+    vit, journal, tau = model("vit"), tmp_path / "last" / "search.jsonl", threshold("vit", rule, 0.6)
+    x, tries, run = [images(vit, 10)], [], Chunked.effects
+
+    def effects(self, stage, sets, limits):
+        if len(tries) == after:
+            raise Stopped
+        tries.append(stage)
+        return run(self, stage, sets, limits)
+
+    monkeypatch.setattr(Chunked, "effects", effects)
+    with pytest.raises(Stopped):
+        decide(vit, x, tau, rule, ahead=ahead, journal=journal)
+    with open(journal, "a") as file:
+        file.write('["head", 0, [')  # as a machine that loses power leaves it
+    known, again = journal.read_text().count("\n"), []
+    monkeypatch.setattr(Chunked, "effects", lambda *all: again.append(all) or run(*all))
+    found = decide(vit, x, tau, rule, ahead=ahead, journal=journal)
+    assert_agree(found, slow("vit", rule))
+    assert known >= after and len(again) <= len(found) - known
+    again.clear()
+    assert decide(vit, x, tau, rule, journal=journal) == found and not again
+
+
+def test_a_journal_of_another_search_or_damaged_is_refused(tmp_path):
+    vit, journal = model("vit"), tmp_path / "search.jsonl"
+    decide(vit, [images(vit)], 0, parts=["head"], journal=journal)
+    with pytest.raises(ValueError, match=r"goes on with head 2\.2, expected mlp 2"):
+        decide(vit, [images(vit)], 0, parts=["mlp"], journal=journal)
+    journal.write_text("what is this\n")
+    with pytest.raises(ValueError, match=r"search\.jsonl cannot be read as decisions .* delete it to search anew"):
+        decide(vit, [images(vit)], 0, journal=journal)
+
+
 # ---- the model given, and bad input ---------------------------------------------------------------------------------
 
 

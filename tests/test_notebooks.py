@@ -234,6 +234,7 @@ def acdc(folder, dense) -> Path:
 def test_acdc(dense, acdc):
     metrics = check_run(acdc, "kl_path", "parts", "training", "confusion")
     assert metrics["method"] == "acdc" and metrics["setting"] == "increment 0.05"
+    assert (acdc / "last" / "search.jsonl").read_text().count("\n") == metrics["tried"]
     assert 0 < metrics["removed"] < metrics["tried"] <= metrics["parts"] == 6 * (1 + 2 + 3 + 4)
     assert metrics["macs_g"] < metrics["dense_macs_g"] and metrics["speedup"] > 0 and metrics["kl_nats"] > 0
     nothing, same = metrics["thresholds"]

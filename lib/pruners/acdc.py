@@ -20,7 +20,11 @@ sooner, exactly but for rounding (see lib.pruners.probe):
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -73,6 +77,7 @@ def decide(
     keep: Collection[Component] = (),
     cache_mb: float = 2048,
     ahead: int | None = None,
+    journal: Path | None = None,
     progress: bool = True,
 ) -> list[Decision]:
     """ACDC's decisions in the order in which they are taken; what goes with a larger part is not listed.
@@ -80,14 +85,18 @@ def decide(
     batches: image tensors (B, 3, H, W), clean and un-augmented, on the model's device. threshold: τ in nats, from 0.
     rule: absolute or increment. parts: some of block, attn, mlp, head, neuron; group_size: neurons that go together.
     keep: parts that stay untried (see `screen`). cache_mb: memory for what is cached. ahead: how many parts are tried
-    together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. The model is left
-    untouched. ValueError: anything not as above.
+    together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. journal: a file that
+    takes every decision as it falls; a search that was stopped takes them over from it and goes on. The model is left
+    untouched. ValueError: anything not as above, or a journal of another search.
     """
     _check(threshold, rule)
     tried = [part for part in components.of(vit, group_size, parts) if part not in {*keep}]
+    known = _read(journal) if journal else []
     probe, found, streak = Probe(vit, batches, cache_mb), [], 0  # streak: how many fared alike, below 0 if they stayed
     ahead = ahead or probe.ahead
-    with tqdm(total=len(tried), desc="ACDC", mininterval=1, disable=not progress) as bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(tried), desc="ACDC", mininterval=1, disable=not progress))
+        record = stack.enter_context(open(journal, "a")) if journal else None
         for index, stage in _walk(vit, probe):
             queue = [part for part in reversed(tried) if (part.block, part.kind) == (index, stage)]
             if not probe.begin(stage):
@@ -95,8 +104,15 @@ def decide(
                 continue
             while queue:
                 some = queue[: min(ahead, 1 + abs(streak))]
-                for part, removed, kl in _try(probe, stage, some, threshold, rule, streak >= 0):
+                if len(found) < len(known):
+                    tries = _recall(probe, stage, some[0], known[len(found)])
+                else:
+                    tries = _try(probe, stage, some, threshold, rule, streak >= 0)
+                for part, removed, kl in tries:
                     found.append(Decision(part, removed, kl, probe.kl))
+                    if record and len(found) > len(known):
+                        line = [part.kind, part.block, part.units, removed, kl]
+                        print(json.dumps(line), file=record, flush=True)
                     streak = max(streak, 0) + 1 if removed else min(streak, 0) - 1
                     queue.remove(part)
                     bar.update()
@@ -119,6 +135,31 @@ def _try(
         yield part, removed, kl
         if removed != guess:
             return
+
+
+def _recall(
+    probe: Probe, stage: str, part: Component, known: tuple[Component, bool, float]
+) -> list[tuple[Component, bool, float]]:
+    """Take over a decision from a journal: the same as `_try` on that one part gave."""
+    if known[0] != part:
+        raise ValueError(f"the journal is of another search: it goes on with {known[0]}, expected {part}")
+    if known[1]:
+        probe.remove(stage, part, known[2])
+    return [known]
+
+
+def _read(journal: Path) -> list[tuple[Component, bool, float]]:
+    """The decisions in a journal, which is made where it is missing; half a line at its end is cut off."""
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.touch()
+    text = journal.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    os.truncate(journal, len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return [(Component(kind, block, tuple(units)), removed, kl) for kind, block, units, removed, kl in lines]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{journal} cannot be read as decisions ({error}): delete it to search anew") from error
 
 
 def naive(
