@@ -19,20 +19,23 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from lib import runs
+from lib.resnet import ResNet20
 
 # Small ViTs that timm does not name. Everything not set here is as in timm's vit_tiny_patch16_224.
 PRESETS = {
     # The default of the embedded digits: 64 patches, 0.69 M parameters.
     "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
-    # For 32x32 images from scratch: 64 patches; 0.68 M parameters, and 2,714,980 with 100 classes.
+    # For 32x32 images from scratch: 64 patches; 0.68 M parameters.
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
     # For 64x64 images (Tiny ImageNet): 64 patches; 18,885,512 parameters with 200 classes.
     "vit_tiny_imagenet": {
         **{"img_size": 64, "patch_size": 8, "embed_dim": 576, "depth": 6, "num_heads": 6, "mlp_ratio": 8 / 3},
         **{"pos_drop_rate": 0.1, "proj_drop_rate": 0.1},
     },
+    # For 32x32 images (CIFAR-100): 64 patches; 2,714,980 parameters with 100 classes.
     "vit_cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "mlp_ratio": 2.0},
 }
+RESNETS = ("resnet20", "res20s")  # one model under the name of this project and that of the lottery papers
 FORMAT = 1
 
 
@@ -43,12 +46,15 @@ class ModelError(ValueError):
 def create(
     arch: str, num_classes: int, img_size: int | None = None, weights: str | Path | None = None, **timm_kwargs
 ) -> nn.Module:
-    """A ViT by name: one of PRESETS or any timm ViT, with timm's own overrides (patch_size, embed_dim, depth, …).
+    """A ViT by name: one of PRESETS or any timm ViT, with timm's own overrides (patch_size, embed_dim, depth, …); or
+    resnet20 (also res20s), which takes images of any size and no overrides.
 
     weights: None (random), "pretrained" (timm's hub), a run's folder or a local file: .safetensors, or a .bin/.pth
     state dict read with weights_only. A head for other classes is left out and stays random, position embeddings are
     resized to img_size; anything else that does not fit raises ModelError.
     """
+    if arch in RESNETS:
+        return _resnet(arch, num_classes, img_size, weights, timm_kwargs)
     overrides = dict(timm_kwargs, num_classes=num_classes)
     if img_size is not None:
         overrides["img_size"] = img_size
@@ -58,9 +64,10 @@ def create(
             raise ModelError(f"arch {arch!r} has no pretrained weights: expected a timm ViT, or weights from a file")
         name, settings = "vit_tiny_patch16_224", PRESETS[arch] | overrides
     elif not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, [*PRESETS, *timm.list_models("*vit*")], n=1)
+        near = difflib.get_close_matches(arch, [*PRESETS, *RESNETS, *timm.list_models("*vit*")], n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise ModelError(f"arch {arch!r} is unknown: expected a timm ViT or one of {', '.join(PRESETS)}{hint}")
+        known = ", ".join([*PRESETS, *RESNETS[:1]])
+        raise ModelError(f"arch {arch!r} is unknown: expected a timm ViT or one of {known}{hint}")
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **settings)
     except (TypeError, AssertionError) as error:
@@ -73,13 +80,25 @@ def create(
         if size and any(side % width for side, width in zip(size, patch, strict=True)):
             raise ModelError(f"img_size {size[0]} is not a multiple of patch_size {patch[0]}")
     model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": timm_kwargs}
-    if weights not in (None, "", "pretrained"):
-        _load_weights(model, Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights))
+    _load_weights(model, weights)
+    return model
+
+
+def _resnet(arch: str, num_classes: int, img_size: int | None, weights: str | Path | None, others: dict) -> nn.Module:
+    used = {name: value for name, value in others.items() if value}  # drop_path_rate=0.0 asks for nothing
+    if used or weights == "pretrained":
+        fault = next(iter(used), "weights 'pretrained'")
+        raise ModelError(f"arch {arch!r} takes no {fault}: expected random weights or a local file")
+    model = ResNet20(num_classes)
+    model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": {}}
+    _load_weights(model, weights)
     return model
 
 
 def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Raise ModelError unless a model is a ViT that takes images of this (channels, height, width)."""
+    """Raise ModelError unless a model of `create` takes images of this (channels, height, width)."""
+    if isinstance(model, ResNet20):
+        return
     if not isinstance(model, VisionTransformer):
         raise ModelError(f"{type(model).__name__} is not supported: expected a timm VisionTransformer")
     wanted = tuple(model.patch_embed.img_size)
@@ -88,8 +107,11 @@ def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
         raise ModelError(f"images are {found}, the model takes {wanted[0]}x{wanted[1]}: set img_size, or another arch")
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, weights: str | Path | None) -> None:
     """Fill a dense model from a state dict, the head excepted where the number of classes differs."""
+    if weights in (None, "", "pretrained"):  # timm has loaded its own
+        return
+    path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
     state = _read_tensors(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))

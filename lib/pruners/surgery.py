@@ -4,6 +4,9 @@ A head is `head_dim` rows of each of Q, K and V in `qkv` with their biases, and 
 row of `fc1` with its bias, and a column of `fc2`. The biases of `proj` and `fc2` stay: without any head a block still
 adds `proj.bias`, without any neuron `fc2.bias`. A sublayer or block that is removed as a whole adds nothing.
 
+Of a ResNet's residual block the hidden channels are the neurons: rows of `conv1` with their normalisation, columns of
+`conv2`.
+
 All of it equals multiplying the inputs of `proj` and `fc2`, or a sublayer's output, by zero (`components.gates`).
 Zeroing the rows of `qkv` or `fc1` instead would not: their biases would leak through the softmax and the GELU.
 """
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import blocks, models
+from lib.resnet import Residual, ResNet20
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,21 @@ class Plan:
                 merged[name][index] = [getattr(earlier, name)[index][unit] for unit in getattr(self, name)[own]]
         return Plan(**merged)
 
+    def within(self, earlier: "Plan") -> "Plan":
+        """This explicit plan, which keeps nothing that `earlier` removed, for what that left: undoes `after`."""
+        left = [index for index, kept in enumerate(earlier.blocks) if kept]
+        own = {name: [getattr(self, name)[index] for index in left] for name in ("blocks", "attn", "mlp")}
+        for name in ("heads", "neurons"):
+            places = [{unit: i for i, unit in enumerate(getattr(earlier, name)[index])} for index in left]
+            own[name] = [[place[unit] for unit in getattr(self, name)[index]]
+                         for index, place in zip(left, places, strict=True)]  # fmt: skip
+        return Plan(**own)
+
 
 def sizes(block: nn.Module) -> tuple[int, int]:
-    """How many heads and hidden neurons a block has."""
+    """How many heads and hidden neurons a block has; of a residual block the neurons are its hidden channels."""
+    if isinstance(block, Residual):
+        return 0, block.conv1.out_channels
     return block.attn.num_heads, getattr(getattr(block.mlp, "fc2", None), "in_features", 0)
 
 
@@ -95,10 +111,14 @@ def remove(vit: nn.Module, plan: Plan) -> nn.Module:
     """A smaller copy of a timm VisionTransformer that keeps what the plan says; `vit` is left untouched.
 
     The result is a timm VisionTransformer: it trains, compiles, exports, saves, and any token pruner wraps it.
-    UnsupportedBlock: see lib.blocks; ValueError: a plan that does not fit the model.
+    A ResNet20 may lose hidden channels, but no block all of them. UnsupportedBlock: see lib.blocks; ValueError: a plan
+    that does not fit the model.
     """
-    blocks.check(vit)
+    if not isinstance(vit, ResNet20):
+        blocks.check(vit)
     plan = plan.explicit(vit)
+    if isinstance(vit, ResNet20) and not all(plan.blocks):
+        raise ValueError("plan: a block of a ResNet is removed: expected hidden channels only")
     small = copy.deepcopy(vit)
     kept = [index for index, stays in enumerate(plan.blocks) if stays]
     for index in kept:
@@ -114,6 +134,9 @@ def remove(vit: nn.Module, plan: Plan) -> nn.Module:
 
 def slice_block(block: nn.Module, heads: list[int], neurons: list[int], attn: bool = True, mlp: bool = True) -> None:
     """Reduce a block, in place, to these heads and neurons, or to nothing of its attention or MLP."""
+    if isinstance(block, Residual):
+        _slice_residual(block, neurons)
+        return
     attention, perceptron = block.attn, block.mlp
     some_heads, some_neurons = 0 < len(heads) < attention.num_heads, bool(neurons)
     some_neurons = some_neurons and len(neurons) < perceptron.fc2.in_features
@@ -146,6 +169,19 @@ def _slice_attention(attn: nn.Module, heads: list[int]) -> None:
     if getattr(attn, "gate", None) is not None:  # timm >= 1.0.20
         _keep(attn.gate, rows=rows)
     attn.num_heads, attn.attn_dim = len(heads), len(rows)  # the scale stays 1/√d: d does not change
+
+
+def _slice_residual(block: Residual, channels: list[int]) -> None:
+    if not channels:
+        raise ValueError("plan: a residual block keeps no hidden channel: expected at least one")
+    norm = block.bn1
+    block.conv1.weight, block.conv1.out_channels = _taken(block.conv1.weight, 0, channels), len(channels)
+    block.conv2.weight, block.conv2.in_channels = _taken(block.conv2.weight, 1, channels), len(channels)
+    norm.weight, norm.bias, norm.num_features = (
+        *(_taken(p, 0, channels) for p in (norm.weight, norm.bias)),
+        len(channels),
+    )
+    norm.running_mean, norm.running_var = (t[channels] for t in (norm.running_mean, norm.running_var))
 
 
 def _keep(linear: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> None:
