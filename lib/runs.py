@@ -1,8 +1,8 @@
 """Runs: checked parameters in, artefacts out, each written whole or not at all.
 
 A run is the folder outputs/<notebook>/<run>/ with params.json, metrics.jsonl, metrics.json, model.safetensors and
-.json, figures/, provenance.json, last/ (resume state) and DONE, which is written last: what has no DONE is not a
-result.
+.json, figures/, provenance.json, last/ (resume state), parts/ (stages that train on their own) and DONE, which is
+written last: what has no DONE is not a result.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -131,13 +132,25 @@ def start(notebook: str, namespace: dict[str, Any]) -> "Run":
     return Run(notebook, declaration, values)
 
 
-class Run:
+class Part:
+    """A folder that a training writes to: its rows in metrics.jsonl, its state in last/. A run, or a stage of one."""
+
+    def __init__(self, notebook: str, folder: Path):
+        self.notebook, self.dir = notebook, folder
+
+    def log(self, rows: list[dict]) -> None:
+        """Rewrite metrics.jsonl, one line per epoch so far."""
+        _refuse_nan(rows, "metrics.jsonl")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write(self.dir / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+
+
+class Run(Part):
     """One run's folder, locked while open. `dir` is its path, `params` its checked parameters."""
 
     def __init__(self, notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]):
-        self.notebook, self.params = notebook, values
-        self.defaults = {name: parameter.default for name, parameter in declaration.items()}
-        self.dir = folder(notebook, declaration, values)
+        super().__init__(notebook, folder(notebook, declaration, values))
+        self.params, self.defaults = values, {name: parameter.default for name, parameter in declaration.items()}
         self.began = time.time()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -150,9 +163,10 @@ class Run:
         if not values.get("resume", True):
             for old in (self.dir / "DONE", *self.dir.glob("last/*")):
                 old.unlink(missing_ok=True)
+            shutil.rmtree(self.dir / "parts", ignore_errors=True)
         write_json(self.dir / "params.json", values)
-        state = "done before: what is finished is reused" if self.done else (
-            "resumes" if any(self.dir.glob("last/*")) else "new")  # fmt: skip
+        begun = any(self.dir.glob("last/*")) or any(self.dir.glob("parts/*"))
+        state = "done before: what is finished is reused" if self.done else "resumes" if begun else "new"
         print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
 
     def _shown(self) -> str:
@@ -202,11 +216,9 @@ class Run:
                 self.close()
                 raise parameters.ParameterError(f"{name} is {self.params[name]!r}, but {because}: leave it out")
 
-    def log(self, rows: list[dict]) -> None:
-        """Rewrite metrics.jsonl, one line per epoch so far."""
-        _refuse_nan(rows, "metrics.jsonl")
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write(self.dir / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+    def part(self, name: str) -> Part:
+        """A stage of this run that trains on its own, in parts/<name>/."""
+        return Part(f"{self.notebook} {name}", self.dir / "parts" / name)
 
     def figure(self, figure: Any, name: str) -> None:
         """Save a matplotlib figure as figures/<name>.png."""

@@ -30,18 +30,24 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
     ckpt = run.params[name]
     if ckpt == "scratch":
         run.refuse("weights", *of_trained, because=f"{name} scratch has no trained model")
-        size = params["img_size"] or None
-        about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
-        images = load(about)
-        vit = models.create(params["arch"], len(images.classes), size)
-        models.match(vit, evaluate.image_shape(images))
-        return Start("", vit, images, about | {"classes": images.classes, "mean": images.mean, "std": images.std})
+        return initial(run, weights="")
     if ckpt:
         run.refuse(*params, because=f"{name} brings its own")
     params["dataset"] = params.pop("h5_dir", "") or params["dataset"]
     path = runs.resolve(ckpt) or str(runs.ensure("dense", run.params["output_dir"], **params))
     about = models.origin(path)
     return Start(path, models.load(path), load(about), about)
+
+
+def initial(run: runs.Run, weights: str) -> Start:
+    """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say."""
+    params = {name: run.params[name] for name in MAKING if name in run.params}
+    size = params["img_size"] or None
+    about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
+    images = load(about)
+    vit = models.create(params["arch"], len(images.classes), size, runs.resolve(weights))
+    models.match(vit, evaluate.image_shape(images))
+    return Start("", vit, images, about | {"classes": images.classes, "mean": images.mean, "std": images.std})
 
 
 def load(about: dict[str, Any]) -> Any:

@@ -55,6 +55,8 @@ class Recipe:
         for name, choices in expected.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if late := [epoch for epoch in self.milestones if epoch >= self.epochs]:
+            raise ValueError(f"milestones hold {late[0]}: expected epochs before the last of {self.epochs}")
 
     @classmethod
     def of(cls, params: dict[str, Any], **others: Any) -> "Recipe":
@@ -76,15 +78,18 @@ def fit(
     data: Any,
     recipe: Recipe,
     *,
-    run: runs.Run,
+    run: runs.Part,
     loss: losses.Loss = losses.task,
+    on_gradient: Callable[[nn.Module, int], None] | None = None,
     on_step: Callable[[nn.Module, int], None] | None = None,
+    watch: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Train `model` in place on data.train; it ends with the weights that were best on data.val (or recipe.keep).
 
     data: what lib.data.load returns. run: where metrics.jsonl and the resume state (last/) go; a run stopped before
     goes on where it was, and a finished one returns at once. loss(model, images, targets) returns the loss with parts
-    to log. on_step(model, step) runs after every optimiser step.
+    to log. on_gradient(model, step) runs between the clipped gradient and the optimiser's step, on_step(model, step)
+    after it; watch(model, step) adds to the row of every epoch what it finds after the last step.
 
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
     stop being finite (the last good state stays). Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
@@ -92,7 +97,7 @@ def fit(
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
         raise ValueError(f"dataset {data.name}: training needs train and val images, found {found}")
-    fitting = _Fitting(model, data, recipe, run, loss, on_step)
+    fitting = _Fitting(model, data, recipe, run, loss, on_gradient, on_step, watch)
     with fitting.bar, defer_signals() as signals:
         while fitting.epoch < recipe.epochs and not _stale(fitting.history, recipe.patience):
             began = time.monotonic()
@@ -105,6 +110,11 @@ def fit(
     fitting.accelerator.wait_for_everyone()
     model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
     return fitting.history
+
+
+def steps_per_epoch(data: Any, recipe: Recipe) -> int:
+    """Optimiser steps in an epoch; a last incomplete batch is left out."""
+    return len(data.train.labels) // min(recipe.batch_size, len(data.train.labels))
 
 
 def _rank(row: dict) -> tuple[float, float]:
@@ -131,8 +141,9 @@ class _Rows(Dataset):
 class _Fitting:
     """One training under way: what is saved (epoch, batch, sums, history, model, optimiser, EMA, random state)."""
 
-    def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Run, loss: losses.Loss, on_step: Any):
-        self.model, self.data, self.recipe, self.run, self.loss, self.on_step = model, data, recipe, run, loss, on_step
+    def __init__(self, model: nn.Module, data: Any, recipe: Recipe, run: runs.Part, loss: losses.Loss, *hooks: Any):
+        self.model, self.data, self.recipe, self.run, self.loss = model, data, recipe, run, loss
+        self.on_gradient, self.on_step, self.watch = hooks
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
         self.accelerator = Accelerator(mixed_precision="no")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -140,7 +151,7 @@ class _Fitting:
             raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of {world} processes")
         self.share = slice(rank, None, world)
         self.size = min(recipe.batch_size, len(data.train.labels))
-        self.per_epoch = len(data.train.labels) // self.size
+        self.per_epoch = steps_per_epoch(data, recipe)
         self.augment = Augment(recipe.augment)
 
         torch.manual_seed(recipe.seed + rank)
@@ -192,6 +203,8 @@ class _Fitting:
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), recipe.clip_norm or math.inf)
         if not (torch.isfinite(value) and torch.isfinite(norm)):
             raise FloatingPointError(f"loss or gradient is not finite at step {step}: the last saved state stays good")
+        if self.on_gradient:
+            self.on_gradient(self.model, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
@@ -222,6 +235,7 @@ class _Fitting:
         row = {"epoch": self.epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{name}": total / self.per_epoch for name, total in self.sums.items()}
         row |= {"val_top1": scores["top1"], "val_nll_nats": scores["nll_nats"], "n_val": scores["n"]}
+        row |= self.watch(self.model, self.epoch * self.per_epoch - 1) if self.watch else {}
         row |= {"seconds": round(time.monotonic() - began, 2)}
         self.sums, self.history = {}, [*self.history, row]
         if self.best is None or _rank(row) > _rank(self.history[self.best]):

@@ -72,10 +72,11 @@ class Plan:
         return Plan(**units, **stays)
 
     def shares(self, vit: nn.Module) -> dict[str, float]:
-        """The shares of a model's heads and neurons that stay: what another ranking must keep to cost the same."""
+        """The shares of a model's heads and neurons that stay (1 of none): what another ranking must keep to cost as
+        much."""
         plan, all_of_it = self.explicit(vit), Plan().explicit(vit)
         kept, whole = ([sum(map(len, units)) for units in (one.heads, one.neurons)] for one in (plan, all_of_it))
-        return {"head": kept[0] / whole[0], "neuron": kept[1] / whole[1]}
+        return {"head": kept[0] / whole[0] if whole[0] else 1.0, "neuron": kept[1] / whole[1] if whole[1] else 1.0}
 
     def after(self, earlier: "Plan") -> "Plan":
         """This explicit plan, made for what an explicit `earlier` one left, as a plan for the model before both."""

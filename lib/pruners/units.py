@@ -58,12 +58,17 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over each unit of values given per element of parameters: "head", "neuron" (L, U), NaN is no unit."""
+    """Sums over each unit of values given per element of parameters, by name; parameters without values add nothing.
+
+    "head", "neuron" (L, U) float64 on the CPU, NaN where a block has no such unit.
+    """
     found = {}
     for kind, rows in slots(model).items():
-        sums = [sum(values[slot.name].double().reshape(slot.shape).movedim(slot.axis, 0).flatten(1).sum(1)
-                    for slot in row if slot.name in values) for row in rows]  # fmt: skip
-        found[kind] = padded([value if isinstance(value, Tensor) else torch.zeros(0) for value in sums])
+        sums = [torch.zeros(row[0].shape[row[0].axis] if row else 0, dtype=torch.float64) for row in rows]
+        for total, slot in ((total, slot) for total, row in zip(sums, rows, strict=True) for slot in row):
+            if slot.name in values:
+                total += values[slot.name].double().cpu().reshape(slot.shape).movedim(slot.axis, 0).flatten(1).sum(1)
+        found[kind] = padded(sums)
     return found
 
 
