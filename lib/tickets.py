@@ -58,7 +58,7 @@ def search(run: runs.Run, start: Start, recipe: train.Recipe, *, remove_each_sta
 def _check(run: runs.Run) -> None:
     rules = run.params
     if not rules["vit_structured"]:
-        run.refuse("criteria", "prune_target", "sorting_mode", "at_least", "fillback_rate", "analysis_batches",
+        run.refuse("criteria", "prune_target", "sorting_mode", "at_least", "fillback_rate",
                    because="single weights go, by magnitude")  # fmt: skip
     if not rules["reg_granularity_prune"]:
         run.refuse("RST_schedule", "exponents", because="reg_granularity_prune is 0: nothing is regularised")

@@ -262,6 +262,52 @@ def test_acdc_screened_and_not_tuned(folder, dense):
     assert metrics["top1"] == metrics["oneshot_top1"]
 
 
+LOTTERY = {"weights": "", "rate": 0.34, "pruning_times": 3, "analysis_batches": 1, **TINY}
+
+
+def check_states(run: Path, *figures: str) -> list[dict]:
+    metrics = check_run(run, "states", "weights", "confusion", *figures)
+    rows = metrics["states"]
+    assert [row["state"] for row in rows] == [0, 1, 2]
+    assert [row["density"] for row in rows] == pytest.approx([1, 0.66, 0.66**2])
+    assert len({row["initial_sha1"] for row in rows}) == 1
+    assert metrics["top1"] == rows[-1]["top1"] and metrics["macs_g"] == rows[-1]["macs_g"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    return rows
+
+
+def test_refill(folder, dataset):
+    run, result = papermill("refill", folder, dataset=dataset, prune_target="both", criteria="saliency", **LOTTERY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = check_states(run, "alive")
+    assert [row["heads_kept"] for row in rows] == pytest.approx([1, 1 / 3, 1 / 3])  # 0.66 of 3 heads are 1.98
+    assert [sum(map(len, row["plan"]["neurons"])) / 6 for row in rows] == [384, 253, 167]
+    assert rows[0]["macs_g"] > rows[1]["macs_g"] > rows[2]["macs_g"]
+    assert sum(p.numel() for p in models.load(run).parameters()) == 1e6 * rows[2]["params_m"]
+
+
+def test_refill_of_single_weights_saves_nothing(folder, dataset):
+    values = {"dataset": dataset, "vit_structured": False, "run_name": "elements", **LOTTERY}
+    run, result = papermill("refill", folder, ROOT / "notebooks", **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = check_states(run)
+    assert [row["sparsity"] for row in rows] == pytest.approx([1 - row["density"] for row in rows], abs=1e-5)
+    assert len({row["macs_g"] for row in rows}) == len({row["params_m"] for row in rows}) == 1
+
+
+def test_rsst(folder, dataset):
+    values = {"dataset": dataset, "arch": "res20s", "prune_target": "mlp", "criteria": "l1", "epochs": 1}
+    values |= {"reg_granularity_prune": 1e-3, "RST_schedule": "exp_custom", "exponents": 2.0}
+    run, result = papermill("rsst", folder, **values, **LOTTERY)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = check_states(run, "alive", "driven_out")
+    assert [len(row["plan"]["neurons"][0]) for row in rows] == [16, 10, 6]
+    assert "norm_ratio" not in rows[0] and 1e-3 < rows[1]["norm_ratio"] < 2
+    shown = nbformat.read(run / "notebook.ipynb", as_version=4)
+    text = "".join(str(output) for cell in shown.cells if cell.cell_type == "code" for output in cell.outputs)
+    assert "what is cut still has" in text  # a λ this small drives nothing out, and the run says so
+
+
 def test_eap(folder, dense, acdc):
     values = {"model_path": str(dense), "keep_ratio": 0.5, "ratios": [0.9, 0.5], "group_size": 2, **TINY}
     run, result = papermill("eap", folder, **values)
@@ -352,6 +398,27 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
     assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
 
 
+@pytest.mark.parametrize("notebook", ["rsst", "refill"])
+def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_path, notebook):
+    values = {"dataset": dataset, **LOTTERY, "epochs": 4, "augment": "shift", "rewind": "finetune"}
+    whole, result = papermill(notebook, tmp_path / "whole", **values)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+    run, line = command(notebook, tmp_path / "killed", **values)
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(run.glob("parts/state01/last/state-*.pt")):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(int((run / "lock.pid").read_text()), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0 and not (run / "DONE").exists()
+
+    run, result = papermill(notebook, tmp_path / "killed", **values)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for file in ("model.safetensors", "test.npz", *(f"parts/state0{i}/{name}" for i in range(3)
+                 for name in ("model.safetensors", "state.json"))):  # fmt: skip
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+
+
 @pytest.mark.parametrize(
     ("notebook", "values", "message"),
     [("dense", {"epochs": 0}, "epochs is 0: expected a value in [1, 100000]"),
@@ -367,6 +434,9 @@ def test_killed_in_training_the_same_command_ends_in_the_same_bits(folder, datas
      ("avit", {"ckpt": "checkpoints/vit_digits.safetensors", "dataset": "cifar10"}, "but ckpt brings its own"),
      ("avit_visual", {"ckpt": "checkpoints/vit_digits.safetensors"}, "holds a bare model: expected avit.AViT"),
      ("avit_visual", {"img_idxs": [-1]}, "img_idxs is -1: expected a value in [0, 10000000]"),
+     ("refill", {"arch": "resnet20", "weights": ""}, "this model has no heads: set mlp"),
+     ("rsst", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of the first state, from 1 to 1"),
+     ("rsst", {"exponents": 3.0}, "exponents is 3.0, but RST_schedule is 'x', which has no exponent: leave it out"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):

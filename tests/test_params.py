@@ -14,6 +14,10 @@ from lib.params import ParameterError, check, declared, declared_in, from_namesp
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LOTTERY = (
+    "arch dataset criteria rate pruning_times epochs vit_structured prune_target reg_granularity_prune RST_schedule "
+    "exponents fillback_rate"
+)
 CONTRACT = {
     "dense": "dataset arch epochs batch_size learning_rate seed resume",
     "ucb_stage1": "keep_ratio beta num_train_epochs learning_rate h5_dir output_dir run_name",
@@ -22,6 +26,8 @@ CONTRACT = {
     "avit_visual": "ckpt img_idxs",
     "acdc": "model_path threshold rule analysis_batches finetune_epochs",
     "eap": "model_path keep_ratio analysis_batches use_task_loss objective finetune_epochs",
+    "rsst": LOTTERY,
+    "refill": LOTTERY,
     "clip_zeroshot": "model pretrained dataset enable_pruning k_anchors top_m alpha extract_attention attention_output",
     "compare": "runs baseline metric latency_budget_ms",
     "explore": "model image method strength",
