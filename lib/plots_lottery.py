@@ -45,9 +45,12 @@ def states(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def alive(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Every head by the last state that it was part of, block by block; of neurons the share alive in every state."""
+    """Every head by the last state that it was part of, block by block; of neurons the share alive in every state.
+
+    Only of what something was removed; heads where nothing was.
+    """
     last, heads, neurons = len(rows) - 1, rows[0]["plan"]["heads"], rows[0]["plan"]["neurons"]
-    panels = [name for name, units in (("heads", heads), ("neurons", neurons)) if any(units)]
+    panels = [name for name in ("heads", "neurons") if rows[-1]["plan"][name] != rows[0]["plan"][name]] or ["heads"]
     widths = [
         max(2.5, 0.45 * max(map(len, heads))) if name == "heads" else max(2.5, 0.6 * len(rows)) for name in panels
     ]
@@ -84,6 +87,7 @@ def weights(rows: Sequence[dict[str, Any]], edges: np.ndarray) -> Figure:
     figure, axes = plt.subplots(len(shown), 1, figsize=(6, 0.8 * len(shown) + 1.2), sharex=True, layout="constrained",
                                 squeeze=False)  # fmt: skip
     colours = {"stay": sns.color_palette()[0], "leave": sns.color_palette()[3]}
+    used = np.sum([counts for row in shown for counts in row["weights"].values()], axis=0).nonzero()[0]
     middle, total = (edges[1:] + edges[:-1]) / 2, max(sum(map(sum, row["weights"].values())) for row in shown)
     for axis, row in zip(axes[:, 0], shown, strict=True):
         for what, counts in row["weights"].items():
@@ -96,7 +100,7 @@ def weights(rows: Sequence[dict[str, Any]], edges: np.ndarray) -> Figure:
         label: handle for axis in axes[:, 0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     axes[0, 0].legend(handles.values(), handles.keys(), fontsize=9, loc="upper left")
-    axes[-1, 0].set_xlabel("size of the weight")
+    axes[-1, 0].set(xlabel="size of the weight", xlim=(edges[used[0]], edges[used[-1] + 1]))
     axes[-1, 0].xaxis.set_major_formatter(lambda power, _: f"$10^{{{power:.0f}}}$")
     sns.despine(figure, left=True)
     return figure
