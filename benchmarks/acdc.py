@@ -6,15 +6,16 @@ By default the digits' checkpoint and its 72 parts. With --weights (a ViT-Tiny/1
 --images (a dataset) a ViT-Small with real behaviour: the weights twice, side by side, so that it predicts as ViT-Tiny
 does with six heads and 1536 neurons per block. Its parts are sublayers, heads and groups of 64 neurons.
 
-naive: the whole model for every part, on all images. All its trials cost the same: with --trials N so many are timed,
-spread evenly over the search with what was removed by then, and counted for all; 0 runs the whole loop and checks that
-it decides the same.
+naive: the whole model for every part, on all images. All its trials cost the same: with --trials N about so many are
+timed, in turns with the fast search and with what was removed by then, and counted for all; 0 runs the whole loop and
+checks that it decides the same.
 without …: the fast search with one lever left out. screened: with EAP keeping untried what it is sure of.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from typing import ClassVar
 from unittest import mock
 
 import pandas as pd
@@ -24,6 +25,31 @@ from torch import Tensor, nn
 from lib import data, evaluate, models, runs
 from lib.pruners import acdc, components, eap
 from lib.pruners.probe import Probe
+
+
+class Beside(Probe):
+    """Runs the naive trial of every `every`-th part in between: both ways meet the same disturbances of the machine."""
+
+    every, batches, model = 1, [], None  # set in a subclass
+    trials: ClassVar[list[float]] = []  # seconds
+
+    def __init__(self, vit: nn.Module, *arguments: object):
+        super().__init__(vit, *arguments)
+        self.taken, self.calls = [], 0
+
+    def effects(self, stage: str, sets: list, limits: list | None = None) -> list[Tensor]:
+        if self.calls % self.every == self.every // 2:
+            with (
+                torch.inference_mode(),
+                components.gates(self.model, components.without(self.model, [*self.taken, *sets[0]])),
+            ):
+                self.trials.append(seconds(lambda: [self.model(images) for images in self.batches])[0])
+        self.calls += 1
+        return super().effects(stage, sets, limits)
+
+    def remove(self, stage: str, part: components.Component, kl: float) -> None:
+        self.taken.append(part)
+        super().remove(stage, part, kl)
 
 
 class Unshared(Probe):
@@ -91,20 +117,6 @@ def seconds(work: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - began, found
 
 
-def naive_seconds(vit: nn.Module, batches: list[Tensor], found: list, trials: int, search: dict) -> float:
-    """The naive loop's time; the trials timed are run as it runs them, with what was removed before each."""
-    if not trials:
-        spent, steps = seconds(lambda: [*acdc.naive(vit, batches, **search)])
-        assert [each[:2] for each in steps] == [each[:2] for each in found], "the naive loop decided otherwise"
-        return spent
-    spent = 0.0
-    for place in range(0, len(found), -(-len(found) // trials)):
-        gone = [each.part for each in found[:place] if each.removed] + [found[place].part]
-        with torch.inference_mode(), components.gates(vit, components.without(vit, gone)):
-            spent += seconds(lambda: [vit(images) for images in batches])[0]
-    return spent / len(range(0, len(found), -(-len(found) // trials))) * len(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="state dict of a ViT-Tiny/16")
@@ -145,7 +157,7 @@ def compare(vit: nn.Module, batches: list[Tensor], search: dict, trials: int, le
         return run(keep=sure)
 
     vit(batches[0])  # warm up
-    ways = {"fast": run}
+    ways = {}
     if levers:
         ways |= {
             "without any cache": lambda: run(cache_mb=0),
@@ -157,21 +169,25 @@ def compare(vit: nn.Module, batches: list[Tensor], search: dict, trials: int, le
             "8 parts at once": lambda: run(ahead=8),
             "screened by EAP": screened,
         }
+    beside = type("", (Beside,), {"every": max(1, len(tried) // max(1, trials)), "batches": batches, "model": vit})
+    spent, fast = seconds(lambda: run(beside if trials else Probe))
+    if trials:
+        spent, slow = spent - sum(Beside.trials), sum(Beside.trials) / len(Beside.trials) * len(fast)
+        Beside.trials.clear()
+    else:
+        slow, steps = seconds(lambda: [*acdc.naive(vit, batches, **search)])
+        assert [each[:2] for each in steps] == [each[:2] for each in fast], "the naive loop decided otherwise"
+    found = [("naive", slow, fast), ("fast", spent, fast), *((name, *seconds(way)) for name, way in ways.items())]
     rows = []
-    for name, way in ways.items():
-        spent, found = seconds(way)
-        rows.append({"way": name, "seconds": spent, "tried": len(found), "removed": sum(each.removed for each in found),
-                     "kl_nats": found[-1].so_far})  # fmt: skip
-        if name == "fast":
-            fast = found
-        elif name != "screened by EAP":
-            assert [each[:2] for each in found] == [each[:2] for each in fast], f"{name}: other decisions"
-    rows.insert(0, {**rows[0], "way": "naive", "seconds": naive_seconds(vit, batches, fast, trials, search)})
-    table = pd.DataFrame(rows)
-    table.insert(1, "time / fast", table.seconds / table.seconds[1])
+    for name, spent, decisions in found:
+        if name != "screened by EAP":
+            assert [each[:2] for each in decisions] == [each[:2] for each in fast], f"{name}: other decisions"
+        removed = sum(each.removed for each in decisions)
+        rows.append({"way": name, "time / fast": spent / found[1][1], "seconds": spent, "tried": len(decisions),
+                     "removed": removed, "kl_nats": decisions[-1].so_far})  # fmt: skip
     print(f"{len(tried)} parts, {sum(map(len, batches))} images, {search['rule']} τ = {search['threshold']:g}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    return table.round(4)
+    return pd.DataFrame(rows).round(4)
 
 
 if __name__ == "__main__":
