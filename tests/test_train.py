@@ -76,6 +76,33 @@ def test_a_recipe_refuses_unknown_choices(changes):
         replace(RECIPE, **changes)
 
 
+@pytest.mark.parametrize("milestones", [(3,), (1, 80)])
+def test_a_recipe_refuses_milestones_that_never_come(milestones):
+    with pytest.raises(ValueError, match=f"milestones hold {milestones[-1]}: expected epochs before the last of 3"):
+        replace(RECIPE, schedule="milestones", milestones=milestones)
+
+
+def test_hooks_run_in_their_places(make_run, tiny, vit):
+    """Between the clipped gradient and the step, after the step, and once an epoch after its last step."""
+    seen = []
+
+    def on_gradient(model, step):
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+        for parameter in model.parameters():
+            parameter.grad.zero_()  # what the hook leaves is what the optimiser takes
+        seen.append(("gradient", step))
+
+    recipe = replace(RECIPE, epochs=2, optimizer="sgd", weight_decay=0.0, clip_norm=1e-3)
+    before = weights(vit)
+    history = fit(vit, tiny, recipe, run=make_run(), on_gradient=on_gradient,
+                  on_step=lambda model, step: seen.append(("step", step)),
+                  watch=lambda model, step: {"watched": float(step)})  # fmt: skip
+    assert same(before, weights(vit))
+    assert seen == [(what, step) for step in range(6) for what in ("gradient", "step")]
+    assert [row["watched"] for row in history] == [2, 5]
+
+
 def test_history_says_what_happened(make_run, tiny, vit):
     run, spy, steps = make_run(), Spy(), []
     history = fit(vit, tiny, RECIPE, run=run, loss=spy, on_step=lambda model, step: steps.append((model is vit, step)))
