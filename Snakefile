@@ -88,7 +88,7 @@ rule notebook:
     shell:
         """
         run=$(dirname {log}); began=$SECONDS
-        if [ -e $run/provenance.json ]; then rm -rf $run/last $run/provenance.json; fi
+        if [ -e $run/provenance.json ]; then rm -rf $run/last $run/parts $run/provenance.json; fi
         echo "$(date +%T) start {wildcards.notebook}/{wildcards.run}"
         OMP_NUM_THREADS={threads} papermill {input.source} {log} -k python3 --no-progress-bar -y {params.values:q} \
             > $run/log.txt 2>&1 || {{ echo "failed: {wildcards.notebook}/{wildcards.run}, see $run/log.txt"; \

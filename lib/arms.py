@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from lib import compare, data, evaluate, models
 from lib.compare import CompareError
 from lib.pruners.tokens import TokenPruner
+from lib.resnet import ResNet20
 from lib.runs import Run, resolve, root, write_json
 
 COUNTED = 256  # test images that multiply-adds are counted on where the work depends on the image
@@ -122,7 +123,8 @@ def _classes(path: Path, vit: nn.Module) -> int:
     """How many classes the head in a state dict tells apart. models.create lets a head for other classes start at
     random: right for training, and meaningless when measured."""
     state = timm.models.load_state_dict(str(path), weights_only=True)
-    return len(checkpoint_filter_fn(state, vit)["head.weight"])
+    state = checkpoint_filter_fn(state, vit) if isinstance(vit, VisionTransformer) else state.get("state_dict", state)
+    return len(state["head.weight"])
 
 
 def _as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
@@ -155,6 +157,9 @@ def renormalise(model: nn.Module, own: Any, images: Any) -> None:
     """
     if (own.mean, own.std) == (images.mean, images.std):
         return
+    if isinstance(model, ResNet20):
+        raise CompareError("a ResNet pads with zeros, which say another thing under other pixel statistics: compare it "
+                           f"with models of its mean {own.mean} and std {own.std}")  # fmt: skip
     embed = getattr(model, "vit", model).patch_embed.proj
     mean, std, own_mean, own_std = (
         torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
@@ -168,8 +173,10 @@ def renormalise(model: nn.Module, own: Any, images: Any) -> None:
 
 
 def patch_grid(shown: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """The (rows, columns) of patches that the token pruners share; of the first model where there are none."""
-    pruners = [model for model in shown.values() if isinstance(model, TokenPruner)] or [next(iter(shown.values()))]
+    """The (rows, columns) of patches that the token pruners share; (1, 1) where there are none."""
+    pruners = [model for model in shown.values() if isinstance(model, TokenPruner)]
+    if not pruners:
+        return 1, 1
     grids = {getattr(model, "vit", model).patch_embed.grid_size for model in pruners}
     if len(grids) != 1:
         raise CompareError(f"token pruners cut images into different grids {sorted(grids)}: compare those of one grid")

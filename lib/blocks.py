@@ -8,6 +8,9 @@ of `timm.models.vision_transformer.Block`:
     x = x + DropPath(LayerScale(MLP(Norm(x))))
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -56,6 +59,18 @@ def check_removable(block: Block, *, heads: bool, neurons: bool) -> None:
         raise UnsupportedBlock(f"{name_of(block.mlp)} is not supported: expected timm's Mlp to remove neurons from")
     if neurons and not isinstance(getattr(block.mlp, "norm", None), nn.Identity | None):
         raise UnsupportedBlock("the MLP normalises over all neurons: neurons cannot be removed one by one")
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has its own training flag again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def name_of(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Where a notebook that removes parts ends: the smaller model, made, fine-tuned, measured and saved."""
+"""Where a notebook that removes parts ends: the smaller model, or one per state, measured, shown and saved."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from lib import evaluate, models, plots, train
+from lib import evaluate, models, plots, tickets, train
 from lib.pruners import surgery
 from lib.runs import Run, resolve
 from lib.starts import Start
@@ -28,10 +28,8 @@ def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, lat
         run.figure(plots.training(history, recipe.keep), "training")
         scores, predicted = evaluate.test(small, images)
     small.eval()
-    run.arrays("test", logits=predicted.logits, labels=predicted.labels)
-    run.figure(plots.confusion(evaluate.confusion(*predicted, len(images.classes)), images.classes), "confusion")
+    _keep(run, start, small, predicted)
     speed = evaluate.latency({"dense": dense, "pruned": small}, evaluate.batch(images, latency_batch), device=where)
-    models.save(small, run.dir / "model", **start.about)
     whole = evaluate.macs(dense, evaluate.image_shape(images))
     shares = plan.shares(dense)
     return {
@@ -47,17 +45,68 @@ def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, lat
     }
 
 
+def _keep(run: Run, start: Start, vit: nn.Module, predicted: evaluate.Predictions) -> None:
+    """What every run keeps of its final model: the model, its predictions of the test images, and how it errs."""
+    run.arrays("test", logits=predicted.logits, labels=predicted.labels)
+    confused = evaluate.confusion(*predicted, len(start.images.classes))
+    run.figure(plots.confusion(confused, start.images.classes), "confusion")
+    models.save(vit, run.dir / "model", **start.about)
+
+
+def states(run: Run, start: Start, rows: list[dict[str, Any]], latency_batch: int) -> dict[str, Any]:
+    """Measure the models of all states of a lottery search (lib.tickets), in turns with the initial one.
+
+    rows: what the search returned. Saves the last model, its predictions and figures in the run's folder. Returns what
+    belongs in metrics.json besides the method's own: all scores of the last model, `kept` (the share of units, or of
+    single weights, that it has left) and `states`, a row each.
+    """
+    images, where = start.images, evaluate.device()
+    found = [tickets.model(run, row["state"]).to(where) for row in rows]
+    named = {"initial": start.vit.to(where)} | {f"state {state}": vit for state, vit in enumerate(found)}
+    speed = evaluate.latency(named, evaluate.batch(images, latency_batch), device=where)
+    rows = [row | {"speedup": round(float(ratio), 3)} for row, ratio in zip(rows, speed.speedup[1:], strict=True)]
+    scores, predicted = evaluate.test(found[-1], images)
+    _keep(run, start, found[-1], predicted)
+    last = {name: value for name, value in rows[-1].items() if name not in ("plan", "weights")}
+    kept = min(last["heads_kept"], last["neurons_kept"]) if run.params["vit_structured"] else 1 - last["sparsity"]
+    return {
+        **last,
+        **scores,
+        "kept": round(kept, 4),
+        "latency_ms": round(float(speed.latency_ms.iloc[-1]), 3),
+        "states": rows,
+    }
+
+
+def state_table(result: dict[str, Any]) -> pd.DataFrame:
+    """The result of `states` as a table to show, a row per state."""
+    names = {
+        **{"density": "density", "heads_kept": "heads", "neurons_kept": "neurons", "sparsity": "weights gone"},
+        **{"macs_g": "GMACs", "params_m": "parameters (10⁶)", "speedup": "speed, initial = 1", "lambda": "λ"},
+        **{"norm_ratio": "norm ratio", "uncut_top1": "not cut", "before_top1": "before", "top1": "accuracy"},
+    }
+    shown = pd.DataFrame(result["states"]).set_index("state")
+    return shown[[name for name in names if name in shown]].rename(columns=names).map("{:.4g}".format)
+
+
 def shares(run: Run, vit: nn.Module) -> float | dict[str, float]:
     """The share of its parts that a model keeps, by the notebook's parameters: `keep_ratio`, or the shares of heads and
-    neurons that the pruned model `like` keeps. ParameterError where both are set, ModelError where nothing was pruned.
+    neurons that the pruned model `like` keeps. ParameterError where both are set, ModelError where `like` was not
+    pruned, or not from a model of this shape.
     """
     if not run.params["like"]:
         return run.params["keep_ratio"]
     run.refuse("keep_ratio", because="like says how much stays")
     config = models.header(resolve(run.params["like"]))["model"]
-    if "plan" not in config:
-        raise models.ModelError(f"like is {run.params['like']}: expected a model that acdc.ipynb or eap.ipynb pruned")
-    return surgery.Plan(**config["plan"]).shares(vit)
+    plan, earlier = (each.get("plan") for each in (config, models.describe(vit)))
+    try:  # both plans are in the numbering of the model before all pruning
+        if plan is None or plan == earlier:
+            raise ValueError("nothing of it was pruned")
+        plan = surgery.Plan(**plan)
+        return (plan.within(surgery.Plan(**earlier)) if earlier else plan).shares(vit)
+    except (ValueError, KeyError) as error:
+        fault = f"like is {run.params['like']}: expected a model that was pruned from this one ({error})"
+        raise models.ModelError(fault) from error
 
 
 def compared(start: Start, plans: Iterable[tuple[dict[str, Any], surgery.Plan]]) -> pd.DataFrame:

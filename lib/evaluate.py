@@ -20,6 +20,7 @@ from lib.statistics import (
     evenly,
     foreground,
     hypervolume,
+    interleaved,
     mcnemar,
     mean_ci,
     overlap,
@@ -188,11 +189,12 @@ def batch(data: Any, count: int, *, split: str = "test") -> Tensor:
 
 def batches(data: Any, count: int, size: int, *, split: str = "val") -> list[tuple[Tensor, Tensor]]:
     """`count` batches of `size` images spread evenly over a split, un-augmented, as (images, labels): what methods look
-    at to decide. Fewer where the split has fewer images; ValueError where it has none."""
+    at to decide. Every batch, and every first part of one, is spread as well: files are often sorted by class. Fewer
+    where the split has fewer images; ValueError where it has none."""
     part = getattr(data, split)
     if not len(part):
         raise ValueError(f"dataset {data.name} has no {split} images to look at")
-    chosen = evenly(len(part), count * size)
+    chosen = interleaved(evenly(len(part), count * size))
     labels = torch.as_tensor(np.asarray(part.labels)[chosen])
     return list(zip(inputs(part.images[chosen], data).split(size), labels.split(size), strict=True))
 

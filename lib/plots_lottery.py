@@ -106,21 +106,29 @@ def weights(rows: Sequence[dict[str, Any]], edges: np.ndarray) -> Figure:
     return figure
 
 
-def driven_out(file: Path) -> Figure:
-    """λ and the norm ratio of what is on its way out, epoch by epoch; file: a run's metrics.jsonl."""
+def driven_out(rows: Sequence[dict[str, Any]], file: Path, bound: float) -> Figure:
+    """λ and the norm ratio of what is on its way out, from the start of each state and after each of its epochs.
+
+    file: the run's metrics.jsonl. bound: of the norm ratio, below which cutting is harmless.
+    """
     table = pd.read_json(file, lines=True)
     table["at"] = np.arange(1, len(table) + 1)
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, layout="constrained")
-    for state, rows in table[table.norm_ratio.notna()].groupby("state"):
-        colour = sns.color_palette("viridis", table.state.max() + 1)[state]
-        above.plot(rows["at"], rows["lambda"], marker=".", color=colour, label=f"state {state}")
-        below.plot(rows["at"], rows.norm_ratio.clip(lower=1e-12), marker=".", color=colour)
-    below.axhline(1e-3, color="0.5", linestyle="--", linewidth=1)
-    below.annotate("cutting is harmless below", (table["at"].min(), 1e-3), va="top", fontsize=8, color="0.3")
+    for row in rows:
+        if row.get("norm_ratio_before") is not None:
+            epochs = table[table.state == row["state"]]
+            at = [epochs["at"].min() - 1, *epochs["at"]]
+            colour = sns.color_palette("viridis", len(rows))[row["state"]]
+            above.plot(at, [0, *epochs["lambda"]], marker=".", color=colour, label=f"state {row['state']}")
+            ratios = np.clip([row["norm_ratio_before"], *epochs.norm_ratio.astype(float)], 1e-12, None)
+            below.plot(at, ratios, marker=".", color=colour)
+    below.axhline(bound, color="0.5", linestyle="--", linewidth=1)
+    below.annotate("cutting is harmless below", (1, bound), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                   fontsize=8, color="0.3")  # fmt: skip
     above.set(ylabel="λ")
-    below.set(yscale="log", ylabel="norm, cut / kept", xlabel="epoch, all states")
+    below.set(yscale="log", ylabel="norm, cut / kept", xlabel="epoch, all states", xlim=(0, len(table)))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if table.state.max() <= 8:
+    if len(rows) <= 9:
         above.legend(fontsize=8)
     sns.despine(figure)
     return figure

@@ -30,7 +30,8 @@ def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool
     depth = 1 + max(block for rows in cells.values() for block, *_ in rows)
     wholes = [kind for kind in WHOLES if cells[kind]]
     panels = {"whole": wholes} if wholes else {}
-    panels |= {kind: sorted({units for _, units, *_ in cells[kind]}) for kind in ("head", "neuron") if cells[kind]}
+    panels |= {kind: sorted({units[0] for _, units, *_ in cells[kind]}) for kind in ("head", "neuron") if cells[kind]}
+    size = max((len(units) for _, units, *_ in cells["neuron"]), default=1)
     kept = [value for rows in cells.values() for *_, value, removed in rows if not removed and value > 0]
     norm = LogNorm(min(kept), max(kept)) if log and kept else Normalize(0, max(kept, default=1))
     widths = [min(8, max(2, 0.45 * len(columns))) for columns in panels.values()]
@@ -40,7 +41,7 @@ def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool
         rows = [[] for _ in range(depth)]
         for kind in columns if name == "whole" else [name]:
             for block, units, value, removed in cells[kind]:
-                place = columns.index(kind if name == "whole" else units)
+                place = columns.index(kind if name == "whole" else units[0])
                 colour = to_rgba(GONE) if removed else plt.colormaps[HEAT](norm(max(value, norm.vmin)))
                 rows[block].append((place, colour, (removed, -value)))
         picture = np.ones((depth, len(columns), 4))
@@ -50,7 +51,7 @@ def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool
             for place, colour, _ in row:
                 picture[block, place] = colour
         axis.imshow(picture, aspect="auto", interpolation="none")
-        _cell_labels(axis, name, columns, depth)
+        _cell_labels(axis, name, columns, depth, size)
     drawn = plt.cm.ScalarMappable(norm, HEAT)
     figure.colorbar(drawn, ax=list(axes[0]), label=label, shrink=0.9)
     axes[0, 0].set_ylabel("block")
@@ -58,18 +59,17 @@ def parts_map(found: Iterable[tuple[Any, float, bool]], label: str, *, log: bool
     return figure
 
 
-def _cell_labels(axis: plt.Axes, name: str, columns: Sequence[Any], depth: int) -> None:
+def _cell_labels(axis: plt.Axes, name: str, columns: Sequence[Any], depth: int, size: int) -> None:
     axis.set_yticks(range(depth))
     if name == "whole":
         axis.set_xticks(range(len(columns)), ["all" if kind == "block" else kind for kind in columns])
         axis.set_xlabel("whole sublayer")
     elif name == "head":
-        axis.set_xticks(range(len(columns)), [units[0] for units in columns])
+        axis.set_xticks(range(len(columns)), columns)
         axis.set_xlabel("head")
     else:
-        size, few = len(columns[0]), max(1, len(columns) // 6)
-        many = len(columns) > SORTED
-        axis.set_xticks(range(0, len(columns), few), [units[0] for units in columns[::few]])
+        few, many = max(1, len(columns) // 6), len(columns) > SORTED
+        axis.set_xticks(range(0, len(columns), few), columns[::few])
         axis.set_xlabel(f"hidden neurons{f', {size} per cell' * (size > 1)}{', sorted' * many}")
     if len(columns) <= SORTED:
         axis.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)

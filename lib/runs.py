@@ -165,8 +165,7 @@ class Run(Part):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "parts", ignore_errors=True)
         write_json(self.dir / "params.json", values)
-        begun = any(self.dir.glob("last/*")) or any(self.dir.glob("parts/*"))
-        state = "done before: what is finished is reused" if self.done else "resumes" if begun else "new"
+        state = "done before: what is finished is reused" if self.done else "resumes" if self.begun else "new"
         print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
 
     def _shown(self) -> str:
@@ -186,7 +185,7 @@ class Run(Part):
 
     def _same_parameters(self) -> None:
         path = self.dir / "params.json"
-        if not path.exists() or not (self.done or any(self.dir.glob("last/*.pt"))):
+        if not path.exists() or not (self.done or self.begun):
             return  # nothing there that could be mixed up or lost
         before, now = identity(json.loads(path.read_text())), identity(self.params)
         other = [
@@ -201,6 +200,11 @@ class Run(Part):
     @property
     def done(self) -> bool:
         return (self.dir / "DONE").exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something that a run of the same parameters goes on from."""
+        return any(self.dir.glob("last/*")) or any(self.dir.glob("parts/*"))
 
     @property
     def command(self) -> str:

@@ -1,5 +1,6 @@
 """Where a method's notebook starts: a dense model with the data it was trained on, found, made or new."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -10,8 +11,8 @@ MAKING = ("dataset", "h5_dir", "labels_csv", "arch", "weights", "img_size", "nor
 
 
 class Start(NamedTuple):
-    """path: of the model's run or file, "" where it is new. vit: in evaluation mode, unless new. images: what
-    lib.data.load returns, normalised. about: the metadata to save with every model that comes of this one."""
+    """path: of the model's run or file, "" where it does not come from one. vit: in evaluation mode, unless new.
+    images: what lib.data.load returns, normalised. about: the metadata to save with every model that comes of it."""
 
     path: str
     vit: nn.Module
@@ -22,13 +23,13 @@ class Start(NamedTuple):
 def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
     """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt` (or another name).
 
-    ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch"
-    takes random weights. ParameterError where a parameter is set that would then do nothing; of_trained: parameters
-    that want a trained model, as `weights` does.
+    ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch",
+    under this name alone, takes random weights. ParameterError where a parameter is set that would then do nothing;
+    of_trained: parameters that want a trained model, as `weights` does.
     """
-    params = {name: run.params[name] for name in MAKING if name in run.params}
+    params = {making: run.params[making] for making in MAKING if making in run.params}
     ckpt = run.params[name]
-    if ckpt == "scratch":
+    if (name, ckpt) == ("ckpt", "scratch"):
         run.refuse("weights", *of_trained, because=f"{name} scratch has no trained model")
         return initial(run, weights="")
     if ckpt:
@@ -41,13 +42,15 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
 
 def initial(run: runs.Run, weights: str) -> Start:
     """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say."""
-    params = {name: run.params[name] for name in MAKING if name in run.params}
+    params = {making: run.params[making] for making in MAKING if making in run.params}
+    weights = runs.resolve(weights)
     size = params["img_size"] or None
     about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
     images = load(about)
-    vit = models.create(params["arch"], len(images.classes), size, runs.resolve(weights))
+    vit = models.create(params["arch"], len(images.classes), size, weights)
     models.match(vit, evaluate.image_shape(images))
-    return Start("", vit, images, about | {"classes": images.classes, "mean": images.mean, "std": images.std})
+    about |= {"classes": images.classes, "mean": images.mean, "std": images.std}
+    return Start(weights if Path(weights).is_dir() else "", vit, images, about)
 
 
 def load(about: dict[str, Any]) -> Any:

@@ -158,6 +158,12 @@ def evenly(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
+def interleaved(values: np.ndarray) -> np.ndarray:
+    """The values in an order of which every first part is spread over all of them: by their places' bits, reversed."""
+    bits = max(1, (len(values) - 1).bit_length())
+    return values[np.argsort([int(f"{place:0{bits}b}"[::-1], 2) for place in range(len(values))])]
+
+
 def overlap(kept_a: Tensor | Sequence[Tensor], kept_b: Tensor | Sequence[Tensor]) -> float:
     """Mean over images of |A ∩ B| / |A ∪ B| of two kept sets, given as for `foreground`; ∅ with ∅ is 1."""
     batch = max(1 if isinstance(k, Tensor) and k.ndim == 1 else len(k) for k in (kept_a, kept_b))

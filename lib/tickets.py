@@ -1,20 +1,21 @@
 """The loop of RSST and Refill: states that train, select and rewind, each on disk when it is done.
 
-    state s = 0 … T − 1:  train `epochs` from the rewound weights what density (1 − rate)^s leaves
-                          cut what is on its way out, measure the model that is really smaller
-                          select what density (1 − rate)^(s+1) leaves, for the next state
+    state s = 0 … T:  train `epochs` from the rewound weights what density (1 − rate)^s leaves
+                      cut what is on its way out, measure the model that is really smaller
+                      select what density (1 − rate)^(s+1) leaves, for the next state
 
 Refill removes at once and trains the small model. RSST trains the whole model while growing regularisation drives out
 what is not selected, cuts it to measure, and rewinds the whole model; with `remove_each_state` what was driven out
 stays away, which is Refill with a `reg_granularity_prune` above 0. Cutting is real (`surgery.remove`) where units go;
 without `vit_structured` single weights go, which are set to zero and cost as before.
 
-T states prune T − 1 times between them: the first trains the whole model.
+T is `pruning_times`: state 0 trains the whole model, and each of the T prunings is followed by a training.
 """
 
 import copy
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,14 +23,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lib import evaluate, models, params, plots, runs, train
+from lib import evaluate, models, params, runs, train
 from lib.pruners import lottery, units
 from lib.pruners.surgery import Plan, remove
+from lib.resnet import ResNet20
 from lib.starts import Start
 
 DRIVEN_OUT = 1e-3  # norm of the weights on their way out over that of the others, below which cutting them is harmless
@@ -45,9 +46,10 @@ def search(run: runs.Run, start: Start, recipe: train.Recipe, *, remove_each_sta
     """
     _check(run)
     tickets = _Tickets(run, start, recipe, remove_each_state)
+    tickets.untouched()
     print(tickets.forecast())
     rows, logged = [], []
-    for state in range(run.params["pruning_times"]):
+    for state in range(run.params["pruning_times"] + 1):
         rows.append(tickets.state(state))
         epochs = (run.part(f"state{state:02d}").dir / "metrics.jsonl").read_text().splitlines()
         logged += [{"state": state, **json.loads(line)} for line in epochs]
@@ -66,46 +68,19 @@ def _check(run: runs.Run) -> None:
         run.refuse("exponents", because=f"RST_schedule is {rules['RST_schedule']!r}, which has no exponent")
     if rules["rewind"] != "rewind_lt":
         run.refuse("rewind_epoch", because=f"rewind is {rules['rewind']!r}")
-    elif not 1 <= rules["rewind_epoch"] <= rules["epochs"]:
+    fault = None
+    if rules["reg_granularity_prune"] and rules["optimizer"] not in ("sgd", "momentum"):
+        fault = f"optimizer is {rules['optimizer']!r}: expected sgd or momentum, which take λ·w as it is added"
+    elif rules["rewind"] == "rewind_lt" and not 1 <= rules["rewind_epoch"] <= rules["epochs"]:
+        fault = f"rewind_epoch is {rules['rewind_epoch']}: expected an epoch of state 0, from 1 to {rules['epochs']}"
+    if fault:
         run.close()
-        raise params.ParameterError(f"rewind_epoch is {rules['rewind_epoch']}: expected an epoch of the first state, "
-                                    f"from 1 to {rules['epochs']}")  # fmt: skip
+        raise params.ParameterError(fault)
 
 
 def model(run: runs.Run, state: int) -> nn.Module:
     """The model that a state of a finished search ended with, as small as it is."""
     return models.load(run.part(f"state{state:02d}").dir)
-
-
-def finish(run: runs.Run, start: Start, rows: list[dict[str, Any]], latency_batch: int) -> dict[str, Any]:
-    """Measure the last state's model as every method's is, and the speed of all states against the initial model.
-
-    Saves the model, its predictions and figures. Returns what belongs in metrics.json besides the method's own.
-    """
-    images, where = start.images, evaluate.device()
-    found = {f"state {row['state']}": model(run, row["state"]).to(where) for row in rows}
-    speed = evaluate.latency(
-        {"initial": start.vit.to(where), **found}, evaluate.batch(images, latency_batch), device=where
-    )
-    rows = [row | {"speedup": round(float(ratio), 3)} for row, ratio in zip(rows, speed.speedup[1:], strict=True)]
-    small = [*found.values()][-1]
-    scores, predicted = evaluate.test(small, images)
-    run.arrays("test", logits=predicted.logits, labels=predicted.labels)
-    run.figure(plots.confusion(evaluate.confusion(*predicted, len(images.classes)), images.classes), "confusion")
-    models.save(small, run.dir / "model", **start.about)
-    last = {name: value for name, value in rows[-1].items() if name not in ("plan", "weights")}
-    return {**last, **scores, "latency_ms": round(float(speed.latency_ms.iloc[-1]), 3), "states": rows}
-
-
-def table(result: dict[str, Any]) -> pd.DataFrame:
-    """The states of a finished result as a table to show."""
-    names = {
-        **{"density": "density", "heads_kept": "heads", "neurons_kept": "neurons", "sparsity": "weights gone"},
-        **{"macs_g": "GMACs", "params_m": "parameters (10⁶)", "speedup": "speed", "lambda": "λ"},
-        **{"norm_ratio": "norm ratio", "uncut_top1": "not cut", "before_top1": "before", "top1": "accuracy"},
-    }
-    shown = pd.DataFrame(result["states"]).set_index("state")
-    return shown[[name for name in names if name in shown]].rename(columns=names).round(4)
 
 
 class _Tickets:
@@ -114,25 +89,37 @@ class _Tickets:
     def __init__(self, run: runs.Run, start: Start, recipe: train.Recipe, remove_each_state: bool):
         self.run, self.start, self.recipe, self.removes = run, start, recipe, remove_each_state
         self.rules, self.initial, self.images = run.params, start.vit, start.images
-        self.digest = _digest(self.initial)
         self.whole = Plan().explicit(self.initial)
         self.total = sum(weight.numel() for weight in units.prunable(self.initial).values())
         self.kinds = lottery.PARTS[self.rules["prune_target"]] if self.rules["vit_structured"] else ()
-        for kind, some in (("head", self.whole.heads), ("neuron", self.whole.neurons)):
-            if kind in self.kinds and not any(some):
-                run.close()
-                raise params.ParameterError(f"prune_target is {self.rules['prune_target']!r}, but this model has no "
-                                            f"{kind}s: set mlp for a ResNet's hidden channels")  # fmt: skip
+        self.densities = [(1 - self.rules["rate"]) ** state for state in range(self.rules["pruning_times"] + 1)]
+        there = {kind: any(map(len, rows)) for kind, rows in units.slots(self.initial).items()}
+        fault = None
+        if missing := [kind for kind in self.kinds if not there[kind]]:
+            fault = f"prune_target is {self.rules['prune_target']!r}, but this model has no {missing[0]}s to remove"
+            fault += ": expected mlp, a ResNet's hidden channels" if there["neuron"] else ""
+        elif self.kinds and isinstance(self.initial, ResNet20) and not self.rules["at_least"]:
+            fault = "at_least is 0: expected at least one hidden channel in every block of a ResNet"
+        elif self.kinds and not any(self._counts(kind)[-1] for kind in there):
+            fault = f"rate is {self.rules['rate']}: after {self.rules['pruning_times']} states nothing would be left"
+        if fault:
+            run.close()
+            raise params.ParameterError(fault)
+
+    def _counts(self, kind: str) -> list[int]:
+        """How many units of a kind every state keeps of the whole model."""
+        anything, rules = units.per_unit(self.initial, {}), self.rules
+        if kind not in self.kinds:
+            return [int((~anything[kind].isnan()).sum())] * len(self.densities)
+        plans = [lottery.regroup(anything, density, (kind,), rules["sorting_mode"], rules["at_least"])
+                 for density in self.densities]  # fmt: skip
+        plans = [lottery.refill(anything, plan, rules["fillback_rate"]) for plan in plans]
+        return [sum(map(len, plan.heads if kind == "head" else plan.neurons)) for plan in plans]
 
     def forecast(self) -> str:
-        """What the rate means for this model: with three heads it allows three outcomes."""
-        densities = [(1 - self.rules["rate"]) ** state for state in range(self.rules["pruning_times"])]
-        text = f"density by state: {', '.join(f'{density:.3g}' for density in densities)}"
-        for kind in self.kinds:
-            plans = [lottery.regroup(units.per_unit(self.initial, {}), density, (kind,), self.rules["sorting_mode"],
-                                     self.rules["at_least"]) for density in densities]  # fmt: skip
-            text += f"; {kind}s: {', '.join(str(sum(map(len, plan.heads or plan.neurons))) for plan in plans)}"
-        return text
+        """What the rate means for this model: with three heads in a block it allows three outcomes."""
+        counts = [f"{kind}s: {', '.join(map(str, self._counts(kind)))}" for kind in self.kinds]
+        return "; ".join([f"density by state: {', '.join(f'{density:.3g}' for density in self.densities)}", *counts])
 
     # ---- a state ------------------------------------------------------------------------------------------------
 
@@ -141,27 +128,30 @@ class _Tickets:
         part = self.run.part(f"state{state:02d}")
         if (part.dir / "state.json").exists():
             row = json.loads((part.dir / "state.json").read_text())["row"]
-            self._unchanged(row["initial_sha1"])
+            shutil.rmtree(part.dir / "last", ignore_errors=True)  # killed before it was
             return row
         target, mask, before = self._selected(state)
         body = self._body(state)
         vit = self._begin(state, body)
         hooks = self._hooks(vit, state, body, target, mask)
+        outgoing = hooks.get("on_gradient")
+        if outgoing:
+            before |= {"norm_ratio_before": outgoing.norm_ratio(vit)}
         recipe = replace(self.recipe, seed=100 * self.recipe.seed + state, keep="last")
         train.fit(vit, self.images, recipe, run=part, **hooks)
         vit.cpu().eval()
         small = self._cut(vit, target.within(body), mask)
         row = self._measure(state, small, target, mask) | before
-        outgoing = hooks.get("on_gradient")
-        if isinstance(outgoing, lottery.Growing):
+        if outgoing:
             row |= {"lambda": outgoing.ceiling, "norm_ratio": outgoing.norm_ratio(vit), "uncut_top1": self._top1(vit)}
             self._warn(row)
-        row["weights"] = _histograms(vit, outgoing.masks if isinstance(outgoing, lottery.Growing) else {})
-        row["initial_sha1"] = self._unchanged(_digest(self.initial))
+        row["weights"] = _histograms(vit, outgoing.masks if outgoing else {})
+        row["initial_sha1"] = self.untouched()
         models.save(small, part.dir / "model", **self.start.about)
-        if small is not vit and self.rules["rewind"] == "finetune":
+        if self.rules["rewind"] == "finetune":
             models.save(vit, part.dir / "trained", **self.start.about)
-        following = {} if state + 1 == self.rules["pruning_times"] else self._select(state, vit, body, target, mask)
+        last = state == self.rules["pruning_times"]
+        following = {} if last else self._select(state, vit, body, target, mask)
         runs.write_json(part.dir / "state.json", {"row": row, "plan": asdict(target), "next": following})
         shutil.rmtree(part.dir / "last")
         return row
@@ -172,9 +162,7 @@ class _Tickets:
             return self.whole, None, {}
         folder = self.run.part(f"state{state - 1:02d}").dir
         chosen = json.loads((folder / "state.json").read_text())["next"]
-        mask = (
-            None if self.kinds else {name: kept.bool() for name, kept in load_file(folder / "next.safetensors").items()}
-        )
+        mask = None if self.kinds else load_file(folder / "next.safetensors")
         return Plan(**chosen["plan"]), mask, {"before_top1": chosen["before_top1"]}
 
     def _body(self, state: int) -> Plan:
@@ -186,12 +174,8 @@ class _Tickets:
     def _begin(self, state: int, body: Plan) -> nn.Module:
         """The model that a state starts with: rewound, reduced to `body`."""
         if state and self.rules["rewind"] == "finetune":
-            folder = self.run.part(f"state{state - 1:02d}").dir
-            trained = folder / "trained.safetensors"
-            vit, earlier = (
-                (trained, self._body(state - 1)) if trained.exists() else (folder, self._selected(state - 1)[0])
-            )
-            return remove(models.load(vit), body.within(earlier)).train()
+            trained = self.run.part(f"state{state - 1:02d}").dir / "trained.safetensors"
+            return remove(models.load(trained), body.within(self._body(state - 1))).train()
         rewound = state and self.rules["rewind"] == "rewind_lt"
         vit = models.load(self.run.part("state00").dir / "rewind.safetensors") if rewound else self.initial
         return remove(vit, body).train()
@@ -206,17 +190,18 @@ class _Tickets:
                 return {}
             at, file = self.rules["rewind_epoch"] * per_epoch, self.run.part("state00").dir / "rewind"
             return {"on_step": lambda vit, step: models.save(vit, file) if step + 1 == at else None}
-        if self.removes and not self.rules["reg_granularity_prune"]:
-            if mask is None:
-                return {}
-            _zero(vit, mask)
-            return {"on_step": lambda vit, _: _zero(vit, mask)}
+        at_once, hooks = self.removes and not self.rules["reg_granularity_prune"], {}
+        if self.removes and (gone := mask if at_once else self._selected(state - 1)[1]) is not None:
+            _zero(vit, gone)
+            hooks["on_step"] = lambda vit, _: _zero(vit, gone)
+        if at_once:
+            return hooks
         out = units.outside(vit, target.within(body)) if mask is None else {name: ~kept for name, kept in mask.items()}
         rules = self.rules
         growing = lottery.Growing(out, rules["reg_granularity_prune"], self.recipe.epochs * per_epoch,
                                   rules["RST_schedule"], rules["exponents"])  # fmt: skip
         watch = lambda vit, step: {"lambda": growing.strength(step), "norm_ratio": growing.norm_ratio(vit)}  # noqa: E731
-        return {"on_gradient": growing, "watch": watch}
+        return hooks | {"on_gradient": growing, "watch": watch}
 
     def _cut(self, vit: nn.Module, plan: Plan, mask: dict[str, Tensor] | None) -> nn.Module:
         if self.kinds:
@@ -241,7 +226,7 @@ class _Tickets:
             raise runs.RunError(f"state {state}: {left} of {self.total} weights are left, expected {self.total - gone}")
         return {
             "state": state,
-            "density": (1 - self.rules["rate"]) ** state,
+            "density": self.densities[state],
             "sparsity": gone / self.total,
             "heads_kept": shares["head"],
             "neurons_kept": shares["neuron"],
@@ -253,15 +238,18 @@ class _Tickets:
         self, state: int, vit: nn.Module, body: Plan, target: Plan, mask: dict[str, Tensor] | None
     ) -> dict[str, Any]:
         """What the next state keeps, and the accuracy of this state's weights when cut to it."""
-        rules, density = self.rules, (1 - self.rules["rate"]) ** (state + 1)
+        rules, density = self.rules, self.densities[state + 1]
         stays = {name: ~out for name, out in units.outside(vit, target.within(body)).items()} if mask is None else mask
         chosen = target
         if self.kinds:
             largest = units.element_mask(vit, density, among=stays, total=self.total)
-            looked_at = evaluate.batches(self.images, rules["analysis_batches"], rules["batch_size"])
-            found = lottery.importance(
-                vit, rules["criteria"], looked_at, mask=largest, seed=100 * rules["seed"] + state
-            )
+            where, looked_at = evaluate.device(), []
+            if rules["criteria"] in lottery.LOOKS:
+                looked_at = evaluate.batches(self.images, rules["analysis_batches"], rules["batch_size"])
+                looked_at = [(x.to(where), y.to(where)) for x, y in looked_at]
+            seed = 100 * rules["seed"] + state
+            found = lottery.importance(vit.to(where), rules["criteria"], looked_at, mask=largest, seed=seed)
+            vit.cpu()
             scores = self._widened(found, body, target)
             chosen = lottery.regroup(scores, density, self.kinds, rules["sorting_mode"], rules["at_least"])
             chosen = lottery.refill(scores, chosen, rules["fillback_rate"]).explicit(self.initial)
@@ -285,17 +273,22 @@ class _Tickets:
         found, _ = evaluate.test(copy.deepcopy(vit).to(evaluate.device()), self.images)
         return found["top1"]
 
-    def _unchanged(self, digest: str) -> str:
-        if digest != self.digest:
+    def untouched(self) -> str:
+        """The digest of the initial weights; RunError where it is not that of the search's start."""
+        file, digest = self.run.dir / "parts" / "initial.json", _digest(self.initial)
+        if not file.exists():
+            runs.write_json(file, {"sha1": digest})
+        if json.loads(file.read_text())["sha1"] != digest:
+            self.run.close()
             raise runs.RunError("the initial weights are not those that this run began with: choose another run_name")
         return digest
 
     def _warn(self, row: dict[str, Any]) -> None:
-        if row["norm_ratio"] > DRIVEN_OUT:
+        if row["norm_ratio"] is None or row["norm_ratio"] > DRIVEN_OUT:
             warnings.warn(
-                f"state {row['state']}: what is cut still has {row['norm_ratio']:.1e} of the norm of what stays, "
-                f"expected below {DRIVEN_OUT:g}: raise reg_granularity_prune, learning_rate or epochs (the sum of "
-                "learning rate · λ should be about 7, a tenth of that with momentum 0.9)",
+                f"state {row['state']}: what is cut still has {row['norm_ratio'] or math.inf:.1e} of the norm of what "
+                f"stays, expected below {DRIVEN_OUT:g}: raise reg_granularity_prune, learning_rate or epochs (the sum "
+                "of learning rate · λ should be about 7, a tenth of that with momentum 0.9)",
                 stacklevel=3,
             )
 
@@ -304,7 +297,8 @@ class _Tickets:
 def _zero(vit: nn.Module, mask: dict[str, Tensor]) -> None:
     for name, parameter in vit.named_parameters():
         if name in mask:
-            parameter.mul_(mask[name].to(parameter.device))
+            mask[name] = mask[name].to(parameter.device)  # moves once
+            parameter.mul_(mask[name])
 
 
 def _digest(vit: nn.Module) -> str:
@@ -319,7 +313,7 @@ def _histograms(vit: nn.Module, out: dict[str, Tensor]) -> dict[str, list[int]]:
     counts = {"stay": np.zeros(len(EDGES) - 1, int), "leave": np.zeros(len(EDGES) - 1, int)}
     for name, weight in units.prunable(vit).items():
         size = weight.detach().abs().clamp(10 ** EDGES[0], 10 ** EDGES[-1]).log10()
-        leaves = out.get(name, torch.zeros_like(weight, dtype=torch.bool))
+        leaves = out[name].cpu() if name in out else torch.zeros_like(weight, dtype=torch.bool)
         for what, chosen in (("stay", size[~leaves]), ("leave", size[leaves])):
             counts[what] += np.histogram(chosen.numpy(), EDGES)[0]
     return {what: count.tolist() for what, count in counts.items()}

@@ -357,7 +357,7 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path, monkeypatch, rule, ahea
         decide(vit, x, tau, rule, ahead=ahead, journal=journal)
     with open(journal, "a") as file:
         file.write('["head", 0, [')  # as a machine that loses power leaves it
-    known, again = journal.read_text().count("\n"), []
+    known, again = journal.read_text().count("\n") - 1, []
     monkeypatch.setattr(Chunked, "effects", lambda *all: again.append(all) or run(*all))
     found = decide(vit, x, tau, rule, ahead=ahead, journal=journal)
     assert_agree(found, slow("vit", rule))
@@ -366,14 +366,20 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path, monkeypatch, rule, ahea
     assert decide(vit, x, tau, rule, journal=journal) == found and not again
 
 
-def test_a_journal_of_another_search_or_damaged_is_refused(tmp_path):
-    vit, journal = model("vit"), tmp_path / "search.jsonl"
-    decide(vit, [images(vit)], 0, parts=["head"], journal=journal)
-    with pytest.raises(ValueError, match=r"goes on with head 2\.2, expected mlp 2"):
-        decide(vit, [images(vit)], 0, parts=["mlp"], journal=journal)
-    journal.write_text("what is this\n")
-    with pytest.raises(ValueError, match=r"search\.jsonl cannot be read as decisions .* delete it to search anew"):
-        decide(vit, [images(vit)], 0, journal=journal)
+@pytest.mark.parametrize("other", [
+    {"threshold": 0.1}, {"rule": "increment"}, {"parts": ["mlp"]}, {"group_size": 32}, {"batches": 4},
+    {"vit": "layerscale"}, {"keep": [Component("head", 0, (0,))]},
+])  # fmt: skip
+def test_a_journal_of_another_search_is_refused(tmp_path, other):
+    journal, asked = tmp_path / "search.jsonl", {"vit": "vit", "batches": 3, "threshold": 0, "rule": "absolute"}
+
+    def search(vit: str, batches: int, **how: object) -> list[Decision]:
+        return decide(model(vit), [images(model(vit), batches)], **how, journal=journal)
+
+    found = search(**asked)
+    with pytest.raises(ValueError, match=r"search\.jsonl is of another search .* delete it"):
+        search(**asked | other)
+    assert search(**asked) == found
 
 
 # ---- the model given, and bad input ---------------------------------------------------------------------------------

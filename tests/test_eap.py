@@ -335,10 +335,11 @@ def test_one_ratio_costs_the_same_whatever_ranks(family, group_size):
     assert len({plan.to_json() for plan in plans}) > 3, "and yet they differ"
 
 
-def test_neurons_go_in_groups_by_the_sum_of_their_magnitudes():
-    neurons = torch.tensor([[1.0, -1.0, 0.9, 0.9, 0.1], [0.0, 0.0, 0.0, 1.7, torch.nan]])
-    assert eap.plan({"neuron": neurons}, 0.5, parts=["neuron"], group_size=2) == Plan(neurons=[[0, 1, 2, 3], []])
-    assert eap.plan({"neuron": neurons}, 0.6, parts=["neuron"], group_size=2) == Plan(neurons=[[0, 1, 2, 3], [2, 3]])
+def test_neurons_go_in_groups_by_the_magnitude_of_their_sum():
+    """As `components.score` says of a group: to first order effects add up, 1 and −1 to nothing."""
+    neurons = torch.tensor([[1.0, -1.0, 0.9, 0.9, 0.1], [0.0, 0.0, 0.0, -1.7, torch.nan]])
+    assert eap.plan({"neuron": neurons}, 0.5, parts=["neuron"], group_size=2) == Plan(neurons=[[2, 3], [2, 3]])
+    assert eap.plan({"neuron": neurons}, 0.6, parts=["neuron"], group_size=2) == Plan(neurons=[[2, 3, 4], [2, 3]])
     assert eap.plan({"neuron": neurons}, 0.8, parts=["neuron"], group_size=2).neurons == [[0, 1, 2, 3, 4], [2, 3]]
     assert eap.plan({"neuron": neurons}, 0.5, parts=["neuron"], group_size=9).neurons == [[0, 1, 2, 3, 4], []]
 

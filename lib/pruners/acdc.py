@@ -20,6 +20,7 @@ sooner, exactly but for rounding (see lib.pruners.probe):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib import blocks
 from lib.pruners import components
 from lib.pruners.components import KINDS, Component
 from lib.pruners.probe import STAGES, WHOLE, Probe, divergence, log_p, some_images
@@ -86,12 +88,14 @@ def decide(
     rule: absolute or increment. parts: some of block, attn, mlp, head, neuron; group_size: neurons that go together.
     keep: parts that stay untried (see `screen`). cache_mb: memory for what is cached. ahead: how many parts are tried
     together at most; None is 8 on a GPU, and 1 on a CPU, which gains nothing from larger batches. journal: a file that
-    takes every decision as it falls; a search that was stopped takes them over from it and goes on. The model is left
-    untouched. ValueError: anything not as above, or a journal of another search.
+    takes every decision as it falls; a search that was stopped takes them over from it and goes on (images are then
+    taken in another order: of parts that stay, another lower bound of their KL). The model is left untouched.
+    ValueError: anything not as above, or a journal of another search.
     """
     _check(threshold, rule)
     tried = [part for part in components.of(vit, group_size, parts) if part not in {*keep}]
-    known = _read(journal) if journal else []
+    batches = some_images(batches)
+    known = _read(journal, _identity(vit, batches, tried, threshold, rule)) if journal else []
     probe, found, streak = Probe(vit, batches, cache_mb), [], 0  # streak: how many fared alike, below 0 if they stayed
     ahead = ahead or probe.ahead
     with ExitStack() as stack:
@@ -141,25 +145,33 @@ def _recall(
     probe: Probe, stage: str, part: Component, known: tuple[Component, bool, float]
 ) -> list[tuple[Component, bool, float]]:
     """Take over a decision from a journal: the same as `_try` on that one part gave."""
-    if known[0] != part:
-        raise ValueError(f"the journal is of another search: it goes on with {known[0]}, expected {part}")
     if known[1]:
         probe.remove(stage, part, known[2])
     return [known]
 
 
-def _read(journal: Path) -> list[tuple[Component, bool, float]]:
+def _identity(vit: nn.Module, batches: list[Tensor], tried: list[Component], threshold: float, rule: str) -> str:
+    """A digest of all that a search's decisions depend on."""
+    found = hashlib.sha1(repr((threshold, rule, [(part.kind, part.block, part.units) for part in tried])).encode())
+    for tensor in (*vit.state_dict().values(), *batches):
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _read(journal: Path, identity: str) -> list[tuple[Component, bool, float]]:
     """The decisions in a journal, which is made where it is missing; half a line at its end is cut off."""
     journal.parent.mkdir(parents=True, exist_ok=True)
-    journal.touch()
-    text = journal.read_bytes()
+    text = journal.read_bytes() if journal.exists() else b""
     whole = text[: text.rfind(b"\n") + 1]
+    if not whole:
+        journal.write_text(identity + "\n")
+        return []
     os.truncate(journal, len(whole))
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return [(Component(kind, block, tuple(units)), removed, kl) for kind, block, units, removed, kl in lines]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{journal} cannot be read as decisions ({error}): delete it to search anew") from error
+    first, *lines = whole.decode().splitlines()
+    if first != identity:
+        raise ValueError(f"{journal} is of another search (model, images, parts, threshold or rule): delete it")
+    return [(Component(kind, block, tuple(units)), removed, kl)
+            for kind, block, units, removed, kl in map(json.loads, lines)]  # fmt: skip
 
 
 def naive(
@@ -175,9 +187,8 @@ def naive(
     images = some_images(batches)
     place = lambda part: (-part.block, STAGES.index(part.kind), *(-unit for unit in part.units))  # noqa: E731
     tried = sorted(components.of(vit, group_size, parts), key=place)
-    gone, so_far, training = [], 0.0, vit.training
-    vit.eval()
-    try:
+    gone, so_far = [], 0.0
+    with blocks.evaluation(vit):
         with torch.inference_mode():
             clean = [log_p(vit(x)) for x in images]
         for part in tried:
@@ -190,8 +201,6 @@ def naive(
             if removed:
                 gone, so_far = [*gone, part], kl
             yield Decision(part, removed, kl, so_far)
-    finally:
-        vit.train(training)
 
 
 def effects(

@@ -126,24 +126,16 @@ class AViT(TokenPruner):
     @torch.inference_mode()
     def halting(self, images: Tensor, batch_size: int = 64) -> Halting:
         """What every token of images (B, C, H, W) does, in evaluation mode and without gradient, to look at."""
-        training = self.training
-        self.eval()
-        try:
+        with blocks.evaluation(self):
             parts = [self._masked(part)[1] for part in images.split(batch_size)]
-        finally:
-            self.train(training)
         ponder, *others = ([getattr(part, name) for part in parts] for name in ("ponder", "gates", "running"))
         return Halting(torch.cat(ponder), *(torch.cat(other, dim=1) for other in others), self.prefix)
 
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Trace:
         """Logits and what left where, in evaluation mode; kept: per block, a list of one index tensor per image."""
-        training = self.training
-        self.eval()
-        try:
+        with blocks.evaluation(self):
             logits, running = (self._masked_trace if self.mode == "mask" else self._gathered)(images)
-        finally:
-            self.train(training)
         running = running[:, :, self.prefix :]  # (L, B, patches that are embedded)
         grid = torch.zeros(*running.shape[:2], self.grid_patches, dtype=torch.bool, device=running.device)
         grid[:, :, self.original(torch.arange(running.shape[2], device=running.device))] = running

@@ -58,9 +58,8 @@ def scores(
     blocks.check(vit)
     if use_task_loss and objective == "fisher":
         objective = "ce"
-    generator, total, count, training = torch.Generator().manual_seed(seed), None, 0, vit.training
-    vit.eval()
-    try:
+    generator, total, count = torch.Generator().manual_seed(seed), None, 0
+    with blocks.evaluation(vit):
         for images, labels in batches:
             if objective == "ig":
                 found = _integrated(vit, images, labels if use_task_loss else None, steps)
@@ -68,8 +67,6 @@ def scores(
                 found = _at_one(vit, images, labels, objective, samples, generator)
             total = found if total is None else {kind: total[kind] + found[kind] for kind in found}
             count += len(images)
-    finally:
-        vit.train(training)
     if not count:
         raise ValueError("batches are empty: expected at least one (images, labels)")
     there = components.exist(vit)
@@ -154,7 +151,7 @@ def plan(
     scores: as `scores` gives them, or any with these shapes; NaN is no part. keep_ratio: a share in (0, 1], or one per
     kind, where 0 keeps none; max(1, floor) of the parts stay, equal scores falling to the earlier. group_size: neurons
     that stay or go together, by the sum of their scores. Ranking each kind alone makes plans of one ratio cost the
-    same, whatever ranks them: a head costs the same in every block, and so does a neuron.
+    same, whatever ranks them, where heads and neurons alone are chosen: each costs the same in every block.
     """
     if unknown := {*parts} - {*scores} or not parts:
         raise ValueError(f"parts are {sorted(unknown) if parts else '()'}: expected some of {', '.join(scores)}")
@@ -186,7 +183,7 @@ def plan(
 
 
 def _by_group(neurons: Tensor, size: int) -> Tensor:
-    """Magnitudes (L, M) summed over groups of `size`: (L, ceil(M / size)), NaN where a group has no neuron."""
-    padded = F.pad(neurons.abs(), (0, -neurons.shape[1] % size), value=torch.nan)
+    """Magnitudes of sums over groups of `size` of (L, M): (L, ceil(M / size)), NaN where a group has no neuron."""
+    padded = F.pad(neurons, (0, -neurons.shape[1] % size), value=torch.nan)
     groups = padded.unflatten(1, (-1, size))
-    return groups.nansum(dim=2).masked_fill(groups.isnan().all(dim=2), torch.nan)
+    return groups.nansum(dim=2).abs().masked_fill(groups.isnan().all(dim=2), torch.nan)

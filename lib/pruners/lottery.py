@@ -21,12 +21,15 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from lib import blocks
 from lib.pruners.surgery import Plan, sizes
 from lib.pruners.units import padded, per_unit, prunable
 from lib.resnet import Residual
 
 CRITERIA = ("remain", "magnitude", "l1", "l2", "saliency", "random")
+LOOKS = ("l1", "l2", "saliency")  # criteria that look at images
 SORTING = ("layer", "global")
 PARTS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}  # prune_target → kinds of units
 
@@ -59,18 +62,20 @@ def importance(
         saliency   Σ|w · ∂L/∂w| of its weights, L the mean cross-entropy over all batches
         random     drawn by `seed`: what the others must beat
 
-    Matrices count, biases do not. batches: (images (B, 3, H, W), labels (B,)) on the model's device, clean, for l1, l2
-    and saliency; the model is run in evaluation mode. ValueError: an unknown criterion, or what it needs is missing.
+    Matrices count, biases do not. A ResNet's blocks are not of one size: its channels get means over weights and pixels
+    for sums, so that they can be ranked together. batches: (images (B, 3, H, W), labels (B,)) on the model's device,
+    clean, for l1, l2 and saliency; the model is run in evaluation mode. ValueError: an unknown criterion, or what it
+    needs is missing.
     """
     if criteria not in CRITERIA:
         raise ValueError(f"criteria is {criteria!r}: expected one of {', '.join(CRITERIA)}")
     if criteria == "remain":
         if mask is None:
             raise ValueError("criteria is 'remain': expected the element mask with it")
-        return per_unit(model, mask)
+        return _of_units(model, mask)
     weights = prunable(model)
     if criteria == "magnitude":
-        return per_unit(model, {name: weight.detach().abs() for name, weight in weights.items()})
+        return _of_units(model, {name: weight.detach().abs() for name, weight in weights.items()})
     if criteria == "random":
         drawn, generator = per_unit(model, weights), torch.Generator().manual_seed(seed)
         return {kind: torch.rand(value.shape, generator=generator, dtype=value.dtype).where(~value.isnan(), torch.nan)
@@ -78,23 +83,27 @@ def importance(
     batches = list(batches)
     if not sum(len(images) for images, _ in batches):
         raise ValueError(f"criteria is {criteria!r}: expected batches of images with it")
-    training = model.training
-    model.eval()
-    try:
+    with blocks.evaluation(model):
         return _saliency(model, batches) if criteria == "saliency" else _activations(model, batches, int(criteria[1]))
-    finally:
-        model.train(training)
 
 
 def _saliency(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    weights, count = prunable(model), sum(len(images) for images, _ in batches)
-    slopes = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for images, labels in batches:
+    weights = {name: weight.detach().requires_grad_() for name, weight in prunable(model).items()}
+    slopes, count = dict.fromkeys(weights, 0.0), sum(len(images) for images, _ in batches)
+    for images, labels in batches if weights else ():
         with torch.enable_grad():
-            loss = F.cross_entropy(model(images), labels, reduction="sum") / count
-        for name, slope in zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True):
-            slopes[name] += slope
-    return per_unit(model, {name: (weight.detach() * slopes[name]).abs() for name, weight in weights.items()})
+            loss = F.cross_entropy(functional_call(model, weights, (images,)), labels, reduction="sum") / count
+        found = torch.autograd.grad(loss, [*weights.values()])
+        slopes = {name: slopes[name] + slope for name, slope in zip(weights, found, strict=True)}
+    return _of_units(model, {name: (weight.detach() * slopes[name]).abs() for name, weight in weights.items()})
+
+
+def _of_units(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    sums = per_unit(model, values)
+    if not any(isinstance(block, Residual) for block in model.blocks):
+        return sums
+    counts = per_unit(model, {name: torch.ones_like(weight) for name, weight in prunable(model).items()})
+    return {kind: sums[kind] / counts[kind] for kind in sums}
 
 
 def _activations(model: nn.Module, batches: list[tuple[Tensor, Tensor]], order: int) -> dict[str, Tensor]:
@@ -103,9 +112,11 @@ def _activations(model: nn.Module, batches: list[tuple[Tensor, Tensor]], order: 
 
     def look(kind: str, index: int, count: int) -> object:
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0] if inputs[0].ndim == 4 else inputs[0].movedim(2, 1)  # channels second: (B, U · d, N)
+            channels = inputs[0].ndim == 4
+            x = inputs[0] if channels else inputs[0].movedim(2, 1)  # (B, U · d, N)
             x = x.detach().double().reshape(len(x), count, -1)
-            found[kind, index] = found[kind, index] + x.norm(order, dim=2).sum(dim=0)
+            size = x.shape[2] ** (1 / order) if channels else 1
+            found[kind, index] = found[kind, index] + x.norm(order, dim=2).sum(dim=0) / size
 
         return hook
 
@@ -132,10 +143,10 @@ def regroup(
     at_least: int = 1,
 ) -> Plan:
     """The Plan that keeps the most important units: floor(density · units) of each block ("layer") or of all blocks
-    together ("global"), of each kind in `parts`, but `at_least` so many of each block.
+    together ("global"), of each kind in `parts`; of each block at least `at_least`.
 
-    scores: of `importance`; NaN is no unit, and −inf one that earlier states removed: it counts, and stays away as long
-    as there are others. Equal scores fall to the earlier unit. density: what all states so far leave together, (0, 1].
+    scores: of `importance`; NaN is no unit. −inf marks units that earlier states removed: they count among the units
+    and are chosen last. Equal scores fall to the earlier unit. density: what all states so far leave together, (0, 1].
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}: expected a share in (0, 1]")
@@ -207,7 +218,7 @@ class Growing:
             raise ValueError(f"RST_schedule is {schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if not (ceiling >= 0 and exponents > 0 and steps >= 1):
             raise ValueError(f"ceiling {ceiling}, exponents {exponents}, steps {steps}: expected ≥ 0, > 0 and ≥ 1")
-        self.masks, self.ceiling, self.steps = masks, ceiling, steps
+        self.masks, self.ceiling, self.steps = dict(masks), ceiling, steps
         self.schedule, self.exponents = schedule, exponents
 
     def strength(self, step: int) -> float:
@@ -218,15 +229,17 @@ class Growing:
         strength = self.strength(step)
         for name, parameter in model.named_parameters():
             if name in self.masks and parameter.grad is not None:
-                mask = self.masks[name].to(parameter.device)
-                parameter.grad.add_(parameter.detach() * mask, alpha=strength)
+                self.masks[name] = self.masks[name].to(parameter.device)  # moves once
+                parameter.grad.add_(parameter.detach() * self.masks[name], alpha=strength)
 
     @torch.no_grad()
-    def norm_ratio(self, model: nn.Module) -> float:
-        """Norm of the weights on their way out over that of the others in the same matrices; 0 where none are."""
+    def norm_ratio(self, model: nn.Module) -> float | None:
+        """Norm of the weights on their way out over that of the others in the same matrices: None where there are no
+        others, 0 where nothing is on its way out."""
         out, others = 0.0, 0.0
         for name, weight in prunable(model).items():
-            square = weight.double().square()
             mask = self.masks[name].to(weight.device)
-            out, others = out + square[mask].sum().item(), others + square[~mask].sum().item()
-        return math.sqrt(out / others) if others else math.inf
+            if mask.any():
+                square = weight.double().square()
+                out, others = out + square[mask].sum().item(), others + square[~mask].sum().item()
+        return math.sqrt(out / others) if others else None if out else 0.0

@@ -91,11 +91,15 @@ class Plan:
         return Plan(**merged)
 
     def within(self, earlier: "Plan") -> "Plan":
-        """This explicit plan, which keeps nothing that `earlier` removed, for what that left: undoes `after`."""
+        """This explicit plan for what an explicit `earlier` one left: undoes `after`. ValueError: it keeps what that
+        removed."""
         left = [index for index, kept in enumerate(earlier.blocks) if kept]
         own = {name: [getattr(self, name)[index] for index in left] for name in ("blocks", "attn", "mlp")}
         for name in ("heads", "neurons"):
             places = [{unit: i for i, unit in enumerate(getattr(earlier, name)[index])} for index in left]
+            for index, place in zip(left, places, strict=True):
+                if back := {*getattr(self, name)[index]} - {*place}:
+                    raise ValueError(f"plan: {name} {sorted(back)} of block {index} were removed before")
             own[name] = [[place[unit] for unit in getattr(self, name)[index]]
                          for index, place in zip(left, places, strict=True)]  # fmt: skip
         return Plan(**own)

@@ -126,12 +126,8 @@ class TokenPruner(nn.Module):
     @torch.inference_mode()
     def trace(self, images: Tensor) -> Trace:
         """Logits and what left where, in evaluation mode (nothing is learnt or counted by looking)."""
-        training = self.training
-        self.eval()
-        try:
+        with blocks.evaluation(self):
             logits, record = self.run(images)
-        finally:
-            self.train(training)
         kept = [self.original(first).sort(dim=1).values for first, *_ in record]
         depth = torch.zeros(len(images), self.grid_patches, dtype=torch.long, device=logits.device)
         for ids in kept:

@@ -1,7 +1,8 @@
 """Units and their weights: what a head, a hidden neuron or a ResNet's hidden channel owns of a model's parameters.
 
-A head owns its rows of Q, K and V in `qkv` with their biases, and its columns of `proj`; a neuron its row of `fc1` with
-its bias, and its column of `fc2`; a hidden channel its row of `conv1` with normalisation, and its column of `conv2`.
+A head owns its rows of Q, K and V in `qkv` with their biases (and of a gate), and its columns of `proj`; a neuron its
+row of `fc1` with its bias, and its column of `fc2`; a hidden channel its row of `conv1` with normalisation, and its
+column of `conv2`.
 What `surgery` removes with a unit is what it owns here.
 """
 
@@ -9,11 +10,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lib import blocks
 from lib.pruners.surgery import Plan, sizes
 from lib.resnet import Residual
+
+# Of each kind the parameters of its block that units stand in, and the axis along which, seen as `_seen` says.
+HEAD = {"attn.qkv.weight": 1, "attn.qkv.bias": 1, "attn.gate.weight": 0, "attn.gate.bias": 0, "attn.proj.weight": 1}
+NEURON = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1}
+CHANNEL = {"conv1.weight": 0, "bn1.weight": 0, "bn1.bias": 0, "conv2.weight": 1}
 
 
 class Slot(NamedTuple):
@@ -31,11 +37,10 @@ def slots(model: nn.Module) -> dict[str, list[list[Slot]]]:
         where, (heads, neurons) = f"blocks.{index}", sizes(block)
         own = {"head": {}, "neuron": {}}
         if isinstance(block, Residual):
-            own["neuron"] = {"conv1.weight": 0, "bn1.weight": 0, "bn1.bias": 0, "conv2.weight": 1}
+            own["neuron"] = CHANNEL
         else:
-            blocks.check_removable(block, heads=heads > 0, neurons=neurons > 0)
-            own["head"] = {"attn.qkv.weight": 1, "attn.qkv.bias": 1, "attn.proj.weight": 1} if heads else {}
-            own["neuron"] = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1} if neurons else {}
+            own["head"] = HEAD if heads else {}
+            own["neuron"] = NEURON if neurons and type(block.mlp) is Mlp else {}
         parameters = dict(block.named_parameters())
         for kind, axes in own.items():
             found[kind].append([Slot(f"{where}.{name}", _seen(parameters[name], name, heads), axis)
@@ -44,10 +49,12 @@ def slots(model: nn.Module) -> dict[str, list[list[Slot]]]:
 
 
 def _seen(parameter: Tensor, name: str, heads: int) -> tuple[int, ...]:
-    """The shape in which a parameter shows its units: qkv as (3, H, d, …), proj as (D, H, d)."""
+    """The shape in which a parameter shows its units: qkv as (3, H, d, …), gate as (H, d, …), proj as (D, H, d)."""
     rows, *columns = parameter.shape
     if ".qkv." in name:
         return 3, heads, rows // (3 * heads), *columns
+    if ".gate." in name:
+        return heads, rows // heads, *columns
     return (rows, heads, columns[0] // heads) if ".proj." in name else (rows, *columns)
 
 
@@ -67,7 +74,15 @@ def per_unit(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor
         sums = [torch.zeros(row[0].shape[row[0].axis] if row else 0, dtype=torch.float64) for row in rows]
         for total, slot in ((total, slot) for total, row in zip(sums, rows, strict=True) for slot in row):
             if slot.name in values:
-                total += values[slot.name].double().cpu().reshape(slot.shape).movedim(slot.axis, 0).flatten(1).sum(1)
+                total += (
+                    values[slot.name]
+                    .double()
+                    .cpu()
+                    .reshape(slot.shape)
+                    .movedim(slot.axis, 0)
+                    .reshape(len(total), -1)
+                    .sum(1)
+                )
         found[kind] = padded(sums)
     return found
 
@@ -96,15 +111,17 @@ def element_mask(
 ) -> dict[str, Tensor]:
     """True for the weights of `prunable` of largest magnitude, ranked together: round(density · total) of them.
 
-    among: masks of those that may stay, for a mask that lies within another; None is all. total: of which the density
-    is; None is their number in this model. ValueError: a density outside (0, 1].
+    among: only these weights may stay; None is all. total: the density is a share of so many weights; None is their
+    number in this model. ValueError: a density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}: expected a share in (0, 1]")
     weights = prunable(model)
+    if not weights:
+        return {}
     magnitudes = torch.cat([weight.detach().abs().flatten() for weight in weights.values()]).double()
     if among is not None:
-        magnitudes[~torch.cat([among[name].flatten() for name in weights])] = -1
+        magnitudes[~torch.cat([among[name].flatten() for name in weights]).to(magnitudes.device)] = -1
     count = min(round(density * (total or len(magnitudes))), int((magnitudes >= 0).sum()))
     kept = torch.zeros_like(magnitudes, dtype=torch.bool)
     kept[magnitudes.argsort(descending=True, stable=True)[:count]] = True
