@@ -200,8 +200,23 @@ def test_images_of_a_dataset_without_runs_take_the_size_asked_for(take, tmp_path
 def test_only_token_pruners_must_share_a_patch_grid(images):
     fine, coarse = FixedPatches(tiny(), [0, 5]), FixedPatches(tiny(patch_size=6), [0, 1])
     assert arms.patch_grid({"dense": coarse.vit, "fine": fine}) == (4, 4)
-    assert arms.patch_grid({"a": tiny(), "b": tiny(patch_size=6)}) == (4, 4)
+    assert arms.patch_grid({"a": tiny(), "b": tiny(patch_size=6), "c": models.create("resnet20", 3)}) == (1, 1)
     found = arms.kept({"dense": tiny(patch_size=6), "fine": fine}, images.test.images[:3], images)
     assert {name: [ids.tolist() for ids in sets] for name, sets in found.items()} == {"fine": [[0, 5]] * 3}
     with pytest.raises(compare.CompareError, match="different grids"):
         arms.patch_grid({"coarse": coarse, "fine": fine})
+
+
+def test_resnets_take_part_but_not_under_other_pixel_statistics(take, images, tiny_h5, tmp_path):
+    model = models.create("res20s", 3)
+    method_run(tmp_path, "dense/one", images, model, method="dense", ratio=1.0, source=str(tiny_h5))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "mine.pth")
+    torch.save(models.create("res20s", 5).state_dict(), tmp_path / "five.pth")
+    found, _ = take(f"resnet20={tmp_path}/mine.pth", runs="dense/*", dataset="", normalise="data")
+    assert {*found.models} == {"dense 1", "mine"} and arms.kept(found.models, images.test.images[:2], images) == {}
+    x = evaluate.batch(found.images, 3)
+    torch.testing.assert_close(found.models["mine"](x), found.models["dense 1"](x))
+    with pytest.raises(compare.CompareError, match="five.pth tells 5 classes apart: expected the 3"):
+        take(f"resnet20={tmp_path}/five.pth", run_name="five")
+    with pytest.raises(compare.CompareError, match="a ResNet pads with zeros"):
+        arms.renormalise(model, images.normalised("imagenet"), images.normalised("half"))

@@ -605,11 +605,20 @@ def test_batches_are_whole_labelled_and_spread(tiny):
     found = evaluate.batches(tiny, 2, 4, split="train")
     assert [len(images) for images, _ in found] == [4, 4]
     rows = np.linspace(0, 23, 8).astype(int)
-    assert torch.cat([labels for _, labels in found]).tolist() == np.asarray(tiny.train.labels)[rows].tolist()
+    labels = np.asarray(tiny.train.labels)[rows]
+    assert torch.cat([labels for _, labels in found]).tolist() == labels[[0, 4, 2, 6, 1, 5, 3, 7]].tolist()
     torch.testing.assert_close(found[0][0][:1], evaluate.inputs(tiny.train.images[:1], tiny))
     assert sum(len(labels) for _, labels in evaluate.batches(tiny, 9, 4)) == 9, "no more than there are"
     with pytest.raises(ValueError, match="no val images to look at"):
         evaluate.batches(replace(tiny, val=tiny.val.take(np.arange(0))), 1, 1)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 64, 100])
+def test_every_first_part_of_interleaved_values_is_spread(total):
+    found = evaluate.interleaved(np.arange(total))
+    assert sorted(found) == [*range(total)]
+    for count in range(2, total):
+        assert np.diff(sorted([*found[:count], total])).max() <= 4 * total / count
 
 
 def test_rank_correlation_is_spearmans_of_magnitudes_within_groups():

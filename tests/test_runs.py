@@ -163,9 +163,10 @@ def test_a_name_that_stands_for_other_parameters_is_refused(make_run):
     assert again.done and json.loads((again.dir / "params.json").read_text())["seed"] == 1
 
 
-def test_a_state_to_resume_is_not_taken_for_that_of_other_parameters(make_run):
+@pytest.mark.parametrize("begun", ["last/state-00000001.pt", "last/search.jsonl", "parts/state00/state.json"])
+def test_a_state_to_resume_is_not_taken_for_that_of_other_parameters(make_run, begun):
     run = make_run(seed=1)
-    runs.write(run.dir / "last" / "state-00000001.pt", lambda temporary: temporary.write_text("state"))
+    runs.write(run.dir / begun, lambda temporary: temporary.write_text("state"))
     run.close()
     with pytest.raises(RunError, match="seed was 1, is 2"):
         make_run(seed=2)
