@@ -124,6 +124,14 @@ def join(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def attended(block: Block, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens x (B, N, D) after the attention residual, with what token methods score by: what the attention was fed
+    (B, N, D), and queries and keys (B, H, N, d). bias: see `attend`."""
+    fed = block.norm1(x)
+    q, k, v = qkv(block.attn, fed)
+    return add_attention(block, x, project(block.attn, attend(block.attn, q, k, v, bias), fed)), fed, q, k
+
+
 def add_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
     """The attention residual: x plus the projected attention output y, both (B, N, D)."""
     return x + block.drop_path1(block.ls1(y))

@@ -20,8 +20,8 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def macs(model: nn.Module, images_or_shape: Tensor | Sequence[int]) -> dict[str, float]:
     """Multiply-accumulates of one image, in units of 1e9 (`macs_g`), and parameters in 1e6 (`params_m`).
 
-    Matrix products and convolutions are counted, one image at a time, under the math attention backend
-    (torch counts fused CPU attention wrongly). From a shape (C, H, W) it counts on the meta device, free of
+    Matrix products and convolutions are counted, one image at a time, under the math attention backend (torch counts
+    fused CPU attention wrongly) and without the fast path of nn.MultiheadAttention (it does not count that at all). From a shape (C, H, W) it counts on the meta device, free of
     cost; a model whose work depends on the image raises ValueError there: give it images (B, C, H, W), on
     the model's device, and it reports their mean.
     """
@@ -29,7 +29,8 @@ def macs(model: nn.Module, images_or_shape: Tensor | Sequence[int]) -> dict[str,
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating([model]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False)
+    with evaluating([model]), sdpa_kernel(SDPBackend.MATH), _no_fast_path(), counting as counter:
         if isinstance(images_or_shape, Tensor):
             images = images_or_shape
             for image in images.split(1):
@@ -44,6 +45,16 @@ def macs(model: nn.Module, images_or_shape: Tensor | Sequence[int]) -> dict[str,
                 raise ValueError(f"{name} can't be counted from a shape, give images ({reason})") from error
     params = sum(parameter.numel() for parameter in model.parameters())
     return {"macs_g": counter.get_total_flops() / 2 / len(images) / 1e9, "params_m": params / 1e6}
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def vit_macs(
@@ -72,26 +83,32 @@ def vit_macs(
     return blocks + embed_patches * patch_dim * dim + dim * num_classes
 
 
-def closed_form_macs(vit: nn.Module) -> int:
+def closed_form_macs(
+    vit: nn.Module, tokens: Sequence[int] | None = None, mlp_tokens: Sequence[int] | None = None
+) -> int:
     """`vit_macs` with the numbers read off a timm VisionTransformer, whole or with heads and neurons removed.
 
+    tokens, mlp_tokens: of every block, as `vit_macs` takes them; None is all of them in every block.
     ValueError: attention pooling or a gated MLP, which the closed form does not cover.
     """
     if getattr(vit, "attn_pool", None) is not None:
         raise ValueError(f"{type(vit).__name__} pools by attention: the closed form does not cover that")
-    sublayers = [(getattr(block.attn, "proj", None), getattr(block.mlp, "fc2", None)) for block in vit.blocks]
+    last = lambda mlp: getattr(mlp, "fc2", getattr(mlp, "c_proj", None))  # noqa: E731  (timm's name, and open_clip's)
+    sublayers = [(getattr(block.attn, "proj", None), last(block.mlp)) for block in vit.blocks]
     for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
-        if fc2 is not None and block.mlp.fc1.out_features != fc2.in_features:
+        if hasattr(block.mlp, "fc1") and block.mlp.fc1.out_features != fc2.in_features:
             raise ValueError(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(
-        tokens=[patches + vit.num_prefix_tokens] * len(vit.blocks),
+        tokens=[patches + vit.num_prefix_tokens] * len(vit.blocks) if tokens is None else tokens,
+        mlp_tokens=mlp_tokens,
         dim=vit.embed_dim,
         attn_dims=[getattr(proj, "in_features", 0) for proj, _ in sublayers],  # 0 where no head is left
         hidden_dims=[getattr(fc2, "in_features", 0) for _, fc2 in sublayers],
         embed_patches=patches,
         patch_dim=vit.patch_embed.proj.weight[0].numel(),
-        num_classes=getattr(vit.head, "out_features", 0),  # a ViT without a head has an Identity there
+        # a ViT without a head has an Identity there, a tower projects to its features
+        num_classes=getattr(vit.head, "out_features", 0) if hasattr(vit, "head") else vit.num_classes,
     )
 
 

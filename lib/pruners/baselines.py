@@ -1,13 +1,24 @@
-"""What a method has to beat: sets of patches chosen without looking at a model or an image, and rankings of a model's
-parts made without looking at data."""
+"""What a method has to beat: sets of patches chosen without looking at a model or an image, rankings of a model's parts
+made without looking at data, and ways to drop or merge tokens of a pretrained model without any training.
+
+    RandomDrop, GridDrop   do not look: any method that loses to them has learnt nothing of where to look
+    TopK                   by the class token's attention
+    EViT                   TopK, with one token that stands for the rest (arXiv 2202.07800)
+    ToMe                   merges what is alike (arXiv 2210.09461)
+"""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from lib import blocks
 from lib.pruners import components
+from lib.pruners.dropping import Dropping
 from lib.pruners.surgery import sizes
-from lib.pruners.tokens import kept_count
+from lib.pruners.tokens import TokenPruner, kept_count
 
 
 def random_set(grid: tuple[int, int], keep_ratio: float, seed: int = 0) -> Tensor:
@@ -70,3 +81,186 @@ def _per_column(linear: nn.Linear) -> Tensor:
 
 
 PARTS = {"random": random_parts, "magnitude": magnitude_parts}
+
+
+class TopK(Dropping):
+    """Keeps the patches that get most of the class token's attention, mean over heads."""
+
+    def select(self, index: int, scores: Tensor, ids: Tensor, count: int) -> Tensor:
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+class EViT(TopK):
+    """TopK, and one token more that stands for what is dropped: its sum, weighted by the class token's attention.
+
+    Source: "Not All Patches are What You Need" (arXiv 2202.07800), equation 3. The fused token takes part in later
+    selections like any patch; an image that keeps it there keeps one patch less.
+    """
+
+    fuses = True
+
+
+class RandomDrop(Dropping):
+    """Keeps random patches, others for each image of a batch.
+
+    Drawn once, from `seed`: priorities of every patch for 64 images, through which the images of a batch go in turn. So
+    the model is a function of its input, that repeats and exports.
+    """
+
+    looks = False
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        keep_ratio: float | Sequence[float] = 0.7,
+        blocks: Sequence[int] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(vit, keep_ratio, blocks)
+        self.seed = seed
+        drawn = torch.rand(64, self.patches, generator=torch.Generator().manual_seed(seed), device="cpu")
+        self.register_buffer("priority", drawn.to(next(self.vit.parameters()).device), persistent=False)
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"seed": self.seed}
+
+    def select(self, index: int, scores: Tensor, ids: Tensor, count: int) -> Tensor:
+        image = torch.arange(len(ids), device=ids.device) % len(self.priority)
+        return self.priority[image].gather(1, ids).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+class GridDrop(Dropping):
+    """Keeps patches that are spread evenly over the image, the same for all images: the first in `spread_order`."""
+
+    looks = False
+
+    def __init__(self, vit: nn.Module, keep_ratio: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None):
+        super().__init__(vit, keep_ratio, blocks)
+        place = spread_order(self.vit.patch_embed.grid_size).to(next(self.vit.parameters()).device)
+        self.register_buffer("place", place[self.original(torch.arange(self.patches))], persistent=False)
+
+    def select(self, index: int, scores: Tensor, ids: Tensor, count: int) -> Tensor:
+        return self.place[ids].argsort(dim=1, stable=True)[:, :count]
+
+
+def spread_order(grid: tuple[int, int]) -> Tensor:
+    """(P,): the rank of every patch of a (rows, columns) grid in an order whose first k are spread evenly, for any k.
+
+    By the Bayer matrix: the bits of row ^ column and of row, interleaved, the lowest first.
+    """
+    bits = max(1, (max(grid) - 1).bit_length())
+    values = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            places = [((row ^ column) >> bit & 1, row >> bit & 1) for bit in range(bits)]  # low bits weigh most
+            values.append(
+                sum((2 * first + second) << 2 * (bits - 1 - bit) for bit, (first, second) in enumerate(places))
+            )
+    return torch.tensor(values).argsort().argsort()
+
+
+class ToMe(TokenPruner):
+    """Merges the patches that are most alike, in every block between attention and MLP, instead of dropping any.
+
+    Source: "Token Merging: Your ViT But Faster" (arXiv 2210.09461). Patches are dealt into two sets by turns, A and B;
+    each of A meets the one of B whose key (mean over heads) has the highest cosine, and of the r most alike pairs the
+    one of A is merged into that of B: a mean, weighted by how many patches each token stands for. As a key, a token
+    counts as often as it stands for patches: attention adds log(size) to its logits. Prefix tokens never merge.
+
+    r: tokens merged per block, one for all or one for each; at most half of those running. A merged token goes by the
+    index of the patch of B.
+    """
+
+    def __init__(self, vit: nn.Module, r: int | Sequence[int] = 8):
+        super().__init__(vit)
+        rs = [int(each) for each in r] if isinstance(r, Sequence) else [int(r)] * len(self.vit.blocks)
+        if len(rs) != len(self.vit.blocks) or min(rs, default=0) < 0:
+            raise ValueError(
+                f"r is {r}: expected a number of tokens from 0, or one for each of {len(self.vit.blocks)} blocks"
+            )
+        self.r, self.rs = r, rs
+
+    @classmethod
+    def of_total(cls, vit: nn.Module, total: float) -> "ToMe":
+        """Merge `total` tokens in all, as evenly over the blocks as whole numbers allow."""
+        depth = len(TokenPruner(vit).vit.blocks)
+        steps = [round(total * index / depth) for index in range(depth + 1)]
+        return cls(vit, [after - before for before, after in zip(steps, steps[1:], strict=False)])
+
+    @property
+    def arguments(self) -> dict:
+        return {"r": self.r}
+
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Tokens of every block's attention, and of its MLP, prefix tokens included."""
+        attention, mlp, running = [], [], self.patches
+        for r, block in zip(self.rs, self.vit.blocks, strict=True):
+            attention.append(self.prefix + running)
+            running -= min(r, running // 2) if block.attn.num_heads else 0
+            mlp.append(self.prefix + running)
+        return attention, mlp
+
+    def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Logits (B, classes), and per block the ids of its tokens (B, n) and which of them each patch is in (B, P)."""
+        x = self.embed(images)
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(len(x), -1)
+        size, sources, record = None, ids, []
+        for block, r in zip(self.vit.blocks, self.rs, strict=True):
+            x, ids, size, sources = self.checkpointed(self._step, block, r, x, ids, size, sources)
+            record.append((ids, sources))
+        return self.vit.forward_head(self.vit.norm(x)), record
+
+    def _step(
+        self, block: nn.Module, r: int, x: Tensor, ids: Tensor, size: Tensor | None, sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        prefix = self.prefix
+        if not block.attn.num_heads:
+            return block(x), ids, size, sources
+        bias = None if size is None else F.pad(size.log(), (prefix, 0))[:, None, None]  # (B, 1, 1, N)
+        x, _, _, k = blocks.attended(block, x, bias)
+        if r := min(r, ids.shape[1] // 2):
+            size = torch.ones_like(ids, dtype=x.dtype) if size is None else size
+            patches, ids, size, sources = merge(
+                x[:, prefix:], k.mean(dim=1)[:, prefix:], r, prefix % 2, ids, size, sources
+            )
+            x = torch.cat([x[:, :prefix], patches], dim=1)
+        return blocks.add_mlp(block, x), ids, size, sources
+
+    @torch.inference_mode()
+    def sources(self, images: Tensor) -> list[Tensor]:
+        """Per block (B, P): the patch by whose index the token goes that each patch is part of."""
+        with blocks.evaluation(self):
+            return [self.original(sources) for _, sources in self.run(images)[1]]
+
+
+def merge(
+    x: Tensor, keys: Tensor, r: int, first: int, ids: Tensor, size: Tensor, sources: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of ToMe: tokens x (B, n, D) with keys (B, n, d), ids and sizes (B, n) to n − r of each; sources (B, P).
+
+    A are the places first, first + 2, …. What stays of A comes first, in order, then B.
+    """
+    a, b = (torch.arange(start, x.shape[1], 2, device=x.device) for start in (first, 1 - first))
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    likeness, partner = (keys[:, a] @ keys[:, b].transpose(1, 2)).max(dim=2)  # (B, |A|)
+    order = likeness.argsort(dim=1, descending=True, stable=True)
+    goes, stays = order[:, :r], order[:, r:].sort(dim=1).values
+    into = partner.gather(1, goes)  # (B, r): places in B
+    weighted = x * size[..., None]
+
+    def joined(values: Tensor) -> Tensor:
+        from_a, to_b = values[:, a], values[:, b]
+        wide = (*goes.shape, *[1] * (values.ndim - 2))
+        spread = lambda index: index.reshape(*index.shape, *wide[2:]).expand(-1, -1, *values.shape[2:])  # noqa: E731
+        to_b = to_b.scatter_add(1, spread(into), from_a.gather(1, spread(goes)))
+        return torch.cat([from_a.gather(1, spread(stays)), to_b], dim=1)
+
+    size = joined(size)
+    x = joined(weighted) / size[..., None]
+    gone, new = ids[:, a].gather(1, goes), ids[:, b].gather(1, into)
+    parent = torch.arange(sources.shape[1], device=x.device).expand(len(x), -1).scatter(1, gone, new)
+    return x, torch.cat([ids[:, a].gather(1, stays), ids[:, b]], dim=1), size, parent.gather(1, sources)
+
+
+TOKENS = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}

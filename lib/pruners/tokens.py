@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib import blocks
+from lib import blocks, towers
 
 
 @dataclass
@@ -54,13 +54,16 @@ def with_prefix(kept: Tensor, prefix: int) -> Tensor:
 class TokenPruner(nn.Module):
     """A ViT whose blocks may lose tokens. A method overrides `block`; with no override this is the dense model.
 
-    vit: any timm VisionTransformer made of plain Blocks (UnsupportedBlock otherwise). It is held, not copied:
-    its parameters train with the wrapper.
+    vit: any timm VisionTransformer made of plain Blocks, or a visual tower of open_clip (UnsupportedBlock otherwise).
+    It is held, not copied: its parameters train with the wrapper.
     """
 
     def __init__(self, vit: nn.Module):
         super().__init__()
-        blocks.check(vit)
+        if towers.is_tower(vit):
+            vit = towers.Tower(vit)
+        else:
+            blocks.check(vit)
         self.vit = vit
 
     @property
@@ -131,13 +134,16 @@ class TokenPruner(nn.Module):
         kept = [self.original(first).sort(dim=1).values for first, *_ in record]
         depth = torch.zeros(len(images), self.grid_patches, dtype=torch.long, device=logits.device)
         for ids in kept:
-            depth.scatter_add_(1, ids, torch.ones_like(ids))
+            depth.scatter_add_(1, ids.clamp(min=0), (ids >= 0).long())
+        if any((ids < 0).any() for ids in kept):
+            kept = [[row[row >= 0] for row in ids] for ids in kept]
         return Trace(logits, kept, depth)
 
     def original(self, ids: Tensor) -> Tensor:
-        """Indices on the image's full patch grid, of indices into the patches that enter the first block."""
+        """Indices on the image's full patch grid, of indices into the patches that enter the first block; −1, a token
+        that is no patch, stays −1."""
         kept = getattr(self.vit.patch_embed, "kept", None)
-        return ids if kept is None else kept[ids]
+        return ids if kept is None else kept[ids].where(ids >= 0, -1)
 
 
 class KeptPatchEmbed(nn.Module):

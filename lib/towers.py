@@ -1,0 +1,118 @@
+"""open_clip's visual towers seen as timm ViTs, so that every token method runs on them.
+
+A view is made of the tower's own modules and copies no forward: attention is cut into the steps of `lib.blocks` by the
+weights of its nn.MultiheadAttention, and a block that no method touches runs as open_clip's own. Both layouts that
+open_clip has had, (N, L, D) and (L, N, D), look the same from here. open_clip need not be installed.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.blocks import UnsupportedBlock, name_of
+
+
+class AttentionView:
+    """An nn.MultiheadAttention with the names of timm's Attention."""
+
+    def __init__(self, attn: nn.MultiheadAttention):
+        self._attn, self.num_heads, self.head_dim = attn, attn.num_heads, attn.head_dim
+        self.scale = 1 / math.sqrt(attn.head_dim)
+        self.proj, self.attn_drop = attn.out_proj, nn.Dropout(attn.dropout)
+        self.q_norm = self.k_norm = self.norm = self.proj_drop = nn.Identity()
+
+    @property
+    def training(self) -> bool:
+        return self._attn.training
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (B, N, 3 D) of x (B, N, D)."""
+        return F.linear(x, self._attn.in_proj_weight, self._attn.in_proj_bias)
+
+
+class BlockView:
+    """A ResidualAttentionBlock with the names of timm's Block."""
+
+    def __init__(self, block: nn.Module):
+        self._block, self.attn = block, AttentionView(block.attn)
+        self.norm1, self.ls1, self.norm2, self.ls2, self.mlp = block.ln_1, block.ls_1, block.ln_2, block.ls_2, block.mlp
+        self.drop_path1 = self.drop_path2 = nn.Identity()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, N, D) of tokens x (B, N, D), by open_clip's own forward."""
+        return self._block(x) if self._block.attn.batch_first else self._block(x.transpose(0, 1)).transpose(0, 1)
+
+
+class EmbedView:
+    """What a tower does before its first block: patches, class token, positions and norm, in one call."""
+
+    def __init__(self, visual: nn.Module):
+        self.grid_size, self._embeds = tuple(visual.grid_size), visual._embeds
+        self.num_patches, self.img_size = math.prod(self.grid_size), tuple(visual.image_size)
+        self.proj = visual.conv1
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Tokens (B, 1 + P, D) of images (B, 3, H, W)."""
+        return self._embeds(images)
+
+
+class Tower(nn.Module):
+    """A visual tower of open_clip (`clip.visual`) with the names of timm's VisionTransformer; its logits are features.
+
+    UnsupportedBlock names what is something else: of a timm tower take `clip.visual.trunk`.
+    """
+
+    num_prefix_tokens, has_class_token, grad_checkpointing, dynamic_img_size = 1, True, False, False
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        check(visual)
+        self.visual = visual
+        self.embed_dim, self.num_classes = visual.positional_embedding.shape[1], visual.output_dim
+        self.norm_pre = self.norm = nn.Identity()
+
+    @property
+    def blocks(self) -> list[BlockView]:
+        return [BlockView(block) for block in self.visual.transformer.resblocks]
+
+    @property
+    def patch_embed(self) -> EmbedView:
+        return EmbedView(self.visual)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return x  # open_clip has added it where it embeds
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Features (B, E) of the last block's tokens (B, N, D), as the tower pools and projects them."""
+        pooled, _ = self.visual._pool(x)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"visual.{name}" for name in self.visual.no_weight_decay()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, E), by open_clip's own forward."""
+        found = self.visual(images)
+        return found[0] if isinstance(found, tuple) else found
+
+
+def is_tower(model: nn.Module) -> bool:
+    """Whether this is a visual tower of open_clip's own."""
+    return name_of(model) == "open_clip.transformer.VisionTransformer"
+
+
+def check(visual: nn.Module) -> None:
+    """Raise UnsupportedBlock unless every step of the tower is one that its view knows how to run."""
+    if not is_tower(visual):
+        raise UnsupportedBlock(f"{name_of(visual)} is not supported: expected open_clip's VisionTransformer")
+    if not isinstance(visual.patch_dropout, nn.Identity):
+        raise UnsupportedBlock(f"{name_of(visual.patch_dropout)} drops patches at random: expected none")
+    for index, block in enumerate(visual.transformer.resblocks):
+        if name_of(block) != "open_clip.transformer.ResidualAttentionBlock":
+            raise UnsupportedBlock(
+                f"resblocks.{index} is a {name_of(block)}: expected open_clip's ResidualAttentionBlock"
+            )
+        attn = block.attn
+        if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.bias_k is not None:
+            raise UnsupportedBlock(f"resblocks.{index}.attn is a {name_of(attn)}: expected plain nn.MultiheadAttention")
