@@ -21,9 +21,9 @@ def macs(model: nn.Module, images_or_shape: Tensor | Sequence[int]) -> dict[str,
     """Multiply-accumulates of one image, in units of 1e9 (`macs_g`), and parameters in 1e6 (`params_m`).
 
     Matrix products and convolutions are counted, one image at a time, under the math attention backend (torch counts
-    fused CPU attention wrongly) and without the fast path of nn.MultiheadAttention (it does not count that at all). From a shape (C, H, W) it counts on the meta device, free of
-    cost; a model whose work depends on the image raises ValueError there: give it images (B, C, H, W), on
-    the model's device, and it reports their mean.
+    fused CPU attention wrongly) and without the fast path of nn.MultiheadAttention (which it does not count at all).
+    From a shape (C, H, W) it counts on the meta device, free of cost; a model whose work depends on the image raises
+    ValueError there: give it images (B, C, H, W), on the model's device, and it reports their mean.
     """
     from torch.func import functional_call
     from torch.nn.attention import SDPBackend, sdpa_kernel
