@@ -434,8 +434,8 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("avit", {"ckpt": "checkpoints/vit_digits.safetensors", "dataset": "cifar10"}, "but ckpt brings its own"),
      ("avit_visual", {"ckpt": "checkpoints/vit_digits.safetensors"}, "holds a bare model: expected avit.AViT"),
      ("avit_visual", {"img_idxs": [-1]}, "img_idxs is -1: expected a value in [0, 10000000]"),
-     ("refill", {"arch": "resnet20", "weights": ""}, "this model has no heads: set mlp"),
-     ("rsst", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of the first state, from 1 to 1"),
+     ("refill", {"arch": "resnet20", "weights": ""}, "this model has no heads to remove: expected mlp"),
+     ("rsst", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of state 0, from 1 to 1"),
      ("rsst", {"exponents": 3.0}, "exponents is 3.0, but RST_schedule is 'x', which has no exponent: leave it out"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
