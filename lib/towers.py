@@ -1,4 +1,4 @@
-"""open_clip's visual towers seen as timm ViTs, so that every token method runs on them.
+"""open_clip's visual towers seen as timm ViTs, so that training-free token methods run on them.
 
 A view is made of the tower's own modules and copies no forward: attention is cut into the steps of `lib.blocks` by the
 weights of its nn.MultiheadAttention, and a block that no method touches runs as open_clip's own. Both layouts that
@@ -64,12 +64,15 @@ class Tower(nn.Module):
     """
 
     num_prefix_tokens, has_class_token, grad_checkpointing, dynamic_img_size = 1, True, False, False
+    attn_pool = property(lambda self: self.visual.attn_pool)
+    global_pool = property(lambda self: {"tok": "token"}.get(self.visual.pool_type, self.visual.pool_type))
+    num_classes = property(lambda self: 0 if self.visual.proj is None else self.visual.output_dim)
 
     def __init__(self, visual: nn.Module):
         super().__init__()
         check(visual)
         self.visual = visual
-        self.embed_dim, self.num_classes = visual.positional_embedding.shape[1], visual.output_dim
+        self.embed_dim = visual.positional_embedding.shape[1]
         self.norm_pre = self.norm = nn.Identity()
 
     @property
@@ -108,11 +111,14 @@ def check(visual: nn.Module) -> None:
         raise UnsupportedBlock(f"{name_of(visual)} is not supported: expected open_clip's VisionTransformer")
     if not isinstance(visual.patch_dropout, nn.Identity):
         raise UnsupportedBlock(f"{name_of(visual.patch_dropout)} drops patches at random: expected none")
+    if visual.attn_pool is None and visual.pool_type not in ("tok", "avg"):
+        raise UnsupportedBlock(f"the tower pools by {visual.pool_type!r}: expected one feature per image (tok or avg)")
     for index, block in enumerate(visual.transformer.resblocks):
         if name_of(block) != "open_clip.transformer.ResidualAttentionBlock":
             raise UnsupportedBlock(
                 f"resblocks.{index} is a {name_of(block)}: expected open_clip's ResidualAttentionBlock"
             )
         attn = block.attn
-        if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.bias_k is not None:
+        odd = type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None
+        if odd or attn.bias_k is not None or attn.add_zero_attn:
             raise UnsupportedBlock(f"resblocks.{index}.attn is a {name_of(attn)}: expected plain nn.MultiheadAttention")

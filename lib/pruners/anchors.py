@@ -14,6 +14,7 @@ I is about 1/N and D lies in [0, 2], so that α = 0.5 would be nearly pure diver
 first stretched to [0, 1] over each image's candidates; "none" is the literal rule.
 """
 
+import math
 import warnings
 
 import torch
@@ -73,7 +74,7 @@ class Anchors(TokenPruner):
             raise blocks.UnsupportedBlock(f"{blocks.name_of(vit)} has no class token: anchors are what that attends to")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}: expected a weight in [0, 1]")
-        if not 0 <= start_block < len(self.vit.blocks) or not self.vit.blocks[start_block].attn.num_heads:
+        if start_block not in range(len(self.vit.blocks)) or not self.vit.blocks[start_block].attn.num_heads:
             raise ValueError(f"start_block is {start_block}: expected a block with heads, below {len(self.vit.blocks)}")
         if normalise not in NORMALISE:
             raise ValueError(f"normalise is {normalise!r}: expected one of {', '.join(NORMALISE)}")
@@ -85,9 +86,9 @@ class Anchors(TokenPruner):
                           "pruned; shares such as top_m=0.25 fit any model", stacklevel=2)  # fmt: skip
 
     def _number(self, name: str, value: int | float) -> int:
-        if isinstance(value, float) and value < 1:
+        if isinstance(value, float) and 0 < value < 1:
             return kept_count(value, self.patches)
-        if value < 1 or value != int(value):
+        if not 1 <= value < math.inf or value != int(value):
             raise ValueError(f"{name} is {value}: expected a number of patches from 1, or a share below 1")
         return int(value)
 

@@ -77,6 +77,7 @@ class AViT(TokenPruner):
         learn_gate: bool = False,
         mode: str = "mask",
     ):
+        blocks.check(vit)  # no visual tower of open_clip
         super().__init__(vit)
         if not 0 < gate_scale < float("inf"):
             raise ValueError(f"gate_scale is {gate_scale}: expected a finite number above 0")

@@ -18,7 +18,7 @@ from lib import blocks
 from lib.pruners import components
 from lib.pruners.dropping import Dropping
 from lib.pruners.surgery import sizes
-from lib.pruners.tokens import TokenPruner, kept_count
+from lib.pruners.tokens import TokenPruner, gather, kept_count
 
 
 def random_set(grid: tuple[int, int], keep_ratio: float, seed: int = 0) -> Tensor:
@@ -118,7 +118,7 @@ class RandomDrop(Dropping):
     ):
         super().__init__(vit, keep_ratio, blocks)
         self.seed = seed
-        drawn = torch.rand(64, self.patches, generator=torch.Generator().manual_seed(seed), device="cpu")
+        drawn = torch.rand(64, self.patches, generator=torch.Generator().manual_seed(seed), device="cpu").argsort(dim=1)
         self.register_buffer("priority", drawn.to(next(self.vit.parameters()).device), persistent=False)
 
     @property
@@ -137,8 +137,9 @@ class GridDrop(Dropping):
 
     def __init__(self, vit: nn.Module, keep_ratio: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None):
         super().__init__(vit, keep_ratio, blocks)
-        place = spread_order(self.vit.patch_embed.grid_size).to(next(self.vit.parameters()).device)
-        self.register_buffer("place", place[self.original(torch.arange(self.patches))], persistent=False)
+        device = next(self.vit.parameters()).device
+        place = spread_order(self.vit.patch_embed.grid_size).to(device)
+        self.register_buffer("place", place[self.original(torch.arange(self.patches, device=device))], persistent=False)
 
     def select(self, index: int, scores: Tensor, ids: Tensor, count: int) -> Tensor:
         return self.place[ids].argsort(dim=1, stable=True)[:, :count]
@@ -166,7 +167,8 @@ class ToMe(TokenPruner):
     Source: "Token Merging: Your ViT But Faster" (arXiv 2210.09461). Patches are dealt into two sets by turns, A and B;
     each of A meets the one of B whose key (mean over heads) has the highest cosine, and of the r most alike pairs the
     one of A is merged into that of B: a mean, weighted by how many patches each token stands for. As a key, a token
-    counts as often as it stands for patches: attention adds log(size) to its logits. Prefix tokens never merge.
+    counts as often as it stands for patches: attention adds log(size) to its logits, and so does a head that pools over
+    patches. Prefix tokens never merge.
 
     r: tokens merged per block, one for all or one for each; at most half of those running. A merged token goes by the
     index of the patch of B.
@@ -174,8 +176,8 @@ class ToMe(TokenPruner):
 
     def __init__(self, vit: nn.Module, r: int | Sequence[int] = 8):
         super().__init__(vit)
-        rs = [int(each) for each in r] if isinstance(r, Sequence) else [int(r)] * len(self.vit.blocks)
-        if len(rs) != len(self.vit.blocks) or min(rs, default=0) < 0:
+        rs = list(r) if isinstance(r, Sequence) else [r] * len(self.vit.blocks)
+        if len(rs) != len(self.vit.blocks) or any(each < 0 or each != int(each) for each in rs):
             raise ValueError(
                 f"r is {r}: expected a number of tokens from 0, or one for each of {len(self.vit.blocks)} blocks"
             )
@@ -209,6 +211,11 @@ class ToMe(TokenPruner):
         for block, r in zip(self.vit.blocks, self.rs, strict=True):
             x, ids, size, sources = self.checkpointed(self._step, block, r, x, ids, size, sources)
             record.append((ids, sources))
+        if self.vit.global_pool != "token":  # what pools over patches takes a merged one as often as it stands for some
+            place = torch.zeros_like(sources).scatter(
+                1, ids, torch.arange(ids.shape[1], device=x.device).expand_as(ids)
+            )
+            x = torch.cat([x[:, : self.prefix], gather(x[:, self.prefix :], place.gather(1, sources))], dim=1)
         return self.vit.forward_head(self.vit.norm(x)), record
 
     def _step(

@@ -181,6 +181,7 @@ class FixedPatches(TokenPruner):
     """
 
     def __init__(self, vit: nn.Module, kept: Tensor | list[int]):
+        blocks.check(vit)  # no visual tower of open_clip
         super().__init__(vit)
         kept = torch.as_tensor(kept, dtype=torch.long, device="cpu").sort().values
         total = vit.patch_embed.num_patches

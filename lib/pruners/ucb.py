@@ -61,6 +61,7 @@ class UCB(TokenPruner):
         warmup_steps: int = 0,
         mode: str = "mask",
     ):
+        blocks.check(vit)  # no visual tower of open_clip
         super().__init__(vit)
         kept_count(keep_ratio, self.patches)  # refuses ratios outside (0, 1]
         kept_count(1.0 if explore_ratio is None else explore_ratio, self.patches)
