@@ -262,3 +262,17 @@ def trade_off(summary: pd.DataFrame, cost: str, label: str, metric: str) -> Figu
 def metrics(scores: dict[str, Any]) -> pd.DataFrame:
     """The single numbers among scores as a table to show."""
     return pd.DataFrame({"value": {k: v for k, v in scores.items() if isinstance(v, int | float)}}).round(4)
+
+
+def at_costs(table: pd.DataFrame, by: str, dense: float, label: str) -> Figure:
+    """Accuracy against cost, a line per value of column `by`; columns macs_g, top1, n (images) besides it. dense: the
+    accuracy of the whole model; label: what accuracy it is."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    sns.lineplot(table, x="macs_g", y="top1", hue=by, palette=methods_palette({*table[by]}), marker="o", ax=axis)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.axhline(dense, color="0.6", linestyle=":", label="dense")
+    axis.set(xlabel="GMACs per image", ylabel=f"{label} (n={table.n.iloc[0]})")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend(fontsize=9)
+    sns.despine(figure)
+    return figure

@@ -9,7 +9,6 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lib.plots import HEAT, methods_palette
 
@@ -117,20 +116,5 @@ def score_effect(table: pd.DataFrame, label: str) -> Figure:
         axis.scatter(rows.score, rows.effect, s=18, alpha=0.8, color=methods_palette(table.kind)[kind], label=name)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="KL when removed alone (nats)")
     axis.legend(fontsize=9)
-    sns.despine(figure)
-    return figure
-
-
-def ratios(table: pd.DataFrame, dense: float) -> Figure:
-    """Accuracy of sliced models against their cost: columns ranking, macs_g, top1, n (images); dense: that of the
-    whole model."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    names = {*table.ranking}
-    sns.lineplot(table, x="macs_g", y="top1", hue="ranking", palette=methods_palette(names), marker="o", ax=axis)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.axhline(dense, color="0.6", linestyle=":", label="dense")
-    axis.set(xlabel="GMACs per image", ylabel=f"validation accuracy, not fine-tuned (n={table.n[0]})")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.legend()
     sns.despine(figure)
     return figure

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, images, make
 
 from lib import blocks, evaluate, models
-from lib.pruners.baselines import TOKENS, EViT, GridDrop, RandomDrop, TopK, spread_order
+from lib.pruners.baselines import DROPPING, EViT, GridDrop, RandomDrop, TopK, spread_order
 from lib.pruners.dropping import predicted_macs, reaching, rounded_up
 from lib.pruners.surgery import Plan, remove
 from lib.pruners.tokens import FixedPatches
@@ -82,22 +82,26 @@ def reference(pruner, x):
     return vit.forward_head(vit.norm(torch.stack(rows))), kept
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_is_bare(family, name):
     vit = make(family)
     x = images(vit)
-    for pruner in (TOKENS[name](vit, 1.0), TOKENS[name](vit, 0.5, blocks=[]), TOKENS[name](vit, [1.0, 1], [2, 0])):
+    for pruner in (
+        DROPPING[name](vit, 1.0),
+        DROPPING[name](vit, 0.5, blocks=[]),
+        DROPPING[name](vit, [1.0, 1], [2, 0]),
+    ):
         torch.testing.assert_close(pruner(x), vit(x), **CLOSE)
         trace = pruner.trace(x)
         assert all(torch.equal(ids, torch.arange(16).expand(3, -1)) for ids in trace.kept) and (trace.depth == 3).all()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_kept_sets_are_the_references(family, name, setting):
-    pruner = TOKENS[name](make(family), **SETTINGS[setting])
+    pruner = DROPPING[name](make(family), **SETTINGS[setting])
     x = images(pruner.vit)
     logits, kept = reference(pruner, x)
     torch.testing.assert_close(pruner(x), logits, **CLOSE)
@@ -126,11 +130,11 @@ def test_the_fused_token_takes_part_in_later_selections():
     assert [len(ids) for ids in found] == [10 - again for again in twice], "of ceil(0.7 · 13) tokens"
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stays_leaves_a_block_as_from_the_whole_block(family, name):
     """Dropping stands between attention and MLP: no row that stays sees it, and prefix tokens always stay, first."""
-    pruner = TOKENS[name](make(family), 0.4)
+    pruner = DROPPING[name](make(family), 0.4)
     x = pruner.embed(images(pruner.vit))
     ids = torch.arange(16).expand(3, -1)
     for index, block in enumerate(pruner.vit.blocks):
@@ -145,9 +149,9 @@ def test_what_stays_leaves_a_block_as_from_the_whole_block(family, name):
         x, ids = found, left
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_batch_equals_single(name):
-    pruner = TOKENS[name](make("vit"), 0.5)
+    pruner = DROPPING[name](make("vit"), 0.5)
     x = images(pruner.vit, 5)
     batch, single = pruner(x), torch.cat([pruner(each) for each in x.split(1)])
     if name == "random":  # every image of a batch has its own priorities
@@ -222,7 +226,7 @@ def test_permuted_patches_permute_what_is_kept(family, name):
     first = vit.pos_embed.shape[1] - 16
     other = copy.deepcopy(vit)
     other.pos_embed.data[:, first:] = vit.pos_embed.data[:, first:][:, order]
-    pruner, permuted = TOKENS[name](vit, 0.6), TOKENS[name](other, 0.6)
+    pruner, permuted = DROPPING[name](vit, 0.6), DROPPING[name](other, 0.6)
     torch.testing.assert_close(permuted(moved), pruner(x), **CLOSE)
     for before, after in zip(pruner.trace(x).kept, permuted.trace(moved).kept, strict=True):
         for kept, found in zip(before, after, strict=True):
@@ -248,10 +252,10 @@ def test_rounded_up_is_not_fooled_by_floats():
     assert [rounded_up((i + 0.01) / 196, 196) for i in range(196)] == list(range(1, 197))
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_the_tokens_that_run(family, name):
-    pruner = TOKENS[name](make(family), [0.8, 0.45], [0, 1])
+    pruner = DROPPING[name](make(family), [0.8, 0.45], [0, 1])
     seen = {"norm1": [], "mlp": []}
     for block in pruner.vit.blocks:
         for part, found in seen.items():
@@ -260,14 +264,14 @@ def test_counts_are_the_tokens_that_run(family, name):
     assert (seen["norm1"], seen["mlp"]) == pruner.counts()
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_gap_224", "vit_small_patch14_reg4_dinov2"])
 def test_predicted_macs_are_those_counted(arch, name):
     with torch.device("meta"):
         vit = timm.create_model(arch, img_size=224).eval()
     before = math.inf
     for ratio in (0.8, 0.3):
-        pruner = TOKENS[name](vit, ratio)
+        pruner = DROPPING[name](vit, ratio)
         counted, predicted = evaluate.macs(pruner, (3, 224, 224))["macs_g"], predicted_macs(pruner)
         assert predicted == pytest.approx(counted, rel=0.02)
         tokens, d, selecting = pruner.counts()[0], vit.embed_dim, 0
@@ -278,27 +282,27 @@ def test_predicted_macs_are_those_counted(arch, name):
         assert round((counted - predicted) * 1e9) == selecting
         assert counted < before, "each milder setting costs more"
         before = counted
-    assert predicted_macs(TOKENS[name](vit, 1.0)) == pytest.approx(evaluate.closed_form_macs(vit) / 1e9, rel=1e-14)
+    assert predicted_macs(DROPPING[name](vit, 1.0)) == pytest.approx(evaluate.closed_form_macs(vit) / 1e9, rel=1e-14)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_macs_never_rise_with_strength(name):
     vit = make("vit", img_size=128)
-    costs = [predicted_macs(TOKENS[name](vit, 1 - strength / 100)) for strength in range(100)]
+    costs = [predicted_macs(DROPPING[name](vit, 1 - strength / 100)) for strength in range(100)]
     assert costs == sorted(costs, reverse=True) and len({*costs}) > 30
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_reaching_finds_the_mildest_below_a_ceiling(name):
     with torch.device("meta"):
         vit = timm.create_model("vit_tiny_patch16_224", num_classes=7)
-    build = lambda strength: TOKENS[name](vit, 1 - strength)  # noqa: E731
+    build = lambda strength: DROPPING[name](vit, 1 - strength)  # noqa: E731
     dense, least = predicted_macs(build(0)), predicted_macs(build(0.99))
     for share in (0.5, 0.7, 0.9, 0.999):
         ceiling = share * dense
         found = reaching(build, ceiling, most=0.99)
         milder = build(1 - found.keep_ratio - 2e-4)
-        assert predicted_macs(found) <= ceiling < predicted_macs(milder) and isinstance(found, TOKENS[name])
+        assert predicted_macs(found) <= ceiling < predicted_macs(milder) and isinstance(found, DROPPING[name])
     exact = predicted_macs(build(0.3))
     assert predicted_macs(reaching(build, exact, most=0.99)) == exact, "a ceiling may be met"
     for ceiling in (dense, 2 * dense):
@@ -308,24 +312,24 @@ def test_reaching_finds_the_mildest_below_a_ceiling(name):
         reaching(build, 0.01, most=0.99)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_runs_on_pruned_models(name):
     vit = remove(make("vit"), Plan(heads=[[0, 2], [], [1]], neurons=[[0, 1, 5], None, []]))
     x = images(vit)
-    torch.testing.assert_close(TOKENS[name](vit, 1.0, [0, 2])(x), vit(x), **CLOSE)
+    torch.testing.assert_close(DROPPING[name](vit, 1.0, [0, 2])(x), vit(x), **CLOSE)
     with pytest.raises(ValueError, match="^block 1 has no head left to score by: expected other blocks"):
-        TOKENS[name](vit, 0.5)
-    pruner = TOKENS[name](vit, 0.5, [0, 2])
+        DROPPING[name](vit, 0.5)
+    pruner = DROPPING[name](vit, 0.5, [0, 2])
     assert [len(rows[0]) for rows in pruner.trace(x).kept] == [8, 8, 5 if name == "evit" else 4]
     assert pruner.counts()[1] == ([10, 10, 7] if name == "evit" else [9, 9, 5])
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_runs_where_only_some_patches_are_embedded(name):
     vit, on = make("vit"), [1, 2, 4, 7, 8, 11, 13, 14]
     frozen = FixedPatches(copy.deepcopy(vit), on).vit
     x = images(vit)
-    pruner = TOKENS[name](frozen, 0.5, blocks=[1])
+    pruner = DROPPING[name](frozen, 0.5, blocks=[1])
     trace = pruner.trace(x)
     for image in range(3):
         assert trace.kept[0][image].tolist() == on
@@ -336,9 +340,9 @@ def test_runs_where_only_some_patches_are_embedded(name):
         assert trace.kept[1][0].tolist() == sorted([patch for patch in by_bayer((4, 4)) if patch in on][:4])
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_gradient_checkpointing_changes_nothing(name):
-    pruner = TOKENS[name](make("vit"), 0.6).train()
+    pruner = DROPPING[name](make("vit"), 0.6).train()
     x = images(pruner.vit)
     pruner(x).square().sum().backward()
     plain = [p.grad.clone() for p in pruner.parameters()]
@@ -349,12 +353,12 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(parameter.grad, before, **CLOSE)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_the_model_is_as_it_was_after_use(name):
     vit = make("vit")
     before, x = copy.deepcopy(vit.state_dict()), images(vit)
     logits = vit(x)
-    pruner = TOKENS[name](vit, 0.5)
+    pruner = DROPPING[name](vit, 0.5)
     pruner.train()
     pruner(x)
     pruner.trace(x)
@@ -364,10 +368,10 @@ def test_the_model_is_as_it_was_after_use(name):
     assert {*pruner.state_dict()} == {f"vit.{key}" for key in before}
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_saves_and_loads(name, vit, tmp_path):
     extra = {"seed": 5} if name == "random" else {}
-    pruner = TOKENS[name](vit.eval(), [0.75, 0.5], [1, 0], **extra).eval()
+    pruner = DROPPING[name](vit.eval(), [0.75, 0.5], [1, 0], **extra).eval()
     x = torch.rand(4, 3, 12, 12)
     loaded = models.load(models.save(pruner, tmp_path / "model"))
     assert type(loaded) is type(pruner) and loaded.arguments == pruner.arguments
@@ -375,15 +379,15 @@ def test_saves_and_loads(name, vit, tmp_path):
     assert torch.equal(loaded(x), pruner(x)) and not torch.equal(loaded(x), vit(x))
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_exports_and_compiles(name):
-    pruner = TOKENS[name](make("vit").float(), 0.6).eval()
+    pruner = DROPPING[name](make("vit").float(), 0.6).eval()
     x = images(pruner.vit, 2).float()
     torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"keep_ratio": 0}, r"keep ratio is 0: expected a share in \(0, 1\]"),
@@ -398,11 +402,11 @@ def test_exports_and_compiles(name):
 )  # fmt: skip
 def test_bad_arguments(name, arguments, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
-        TOKENS[name](make("vit"), **arguments)
+        DROPPING[name](make("vit"), **arguments)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", DROPPING)
 def test_other_models_are_refused_by_name(name):
     with pytest.raises(blocks.UnsupportedBlock, match="Linear"):
-        TOKENS[name](torch.nn.Linear(2, 2))
+        DROPPING[name](torch.nn.Linear(2, 2))

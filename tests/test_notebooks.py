@@ -96,9 +96,10 @@ def avit(folder, dense) -> Path:
     return run
 
 
-def check_run(run: Path, *figures: str) -> dict:
+def check_run(run: Path, *figures: str, trained: bool = True) -> dict:
     """The artefacts that every run has; returns its metrics."""
-    for name in ("DONE", "params.json", "provenance.json", "metrics.jsonl", "test.npz", "model.json"):
+    names = ("DONE", "params.json", "provenance.json", "test.npz", "model.json")
+    for name in (*names, "metrics.jsonl") if trained else names:
         assert (run / name).stat().st_size > 0, name
     assert {picture.stem for picture in (run / "figures").glob("*.png")} >= {*figures}
     assert not list(run.rglob("*.tmp*"))
@@ -308,6 +309,37 @@ def test_rsst(folder, dataset):
     assert "what is cut still has" in text  # a λ this small drives nothing out, and the run says so
 
 
+def test_token_baselines(folder, dense):
+    run, result = papermill(
+        "token_baselines", folder, model_path=str(dense), method="evit", keep_ratio=0.5, ceilings=[1.5]
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_run(run, "kept", "ceilings", trained=False)
+    assert metrics["method"] == "evit" and metrics["tokens"] == [
+        65,
+        34,
+        34,
+        19,
+        11,
+        11,
+    ]  # 32 + 1, 17 + 1, 9 + 1 patches
+    assert metrics["macs_g"] < metrics["dense_macs_g"] and 0 < metrics["share_of_ceiling"] < 2
+    assert 0 <= metrics["agreement"] <= 1 and models.load(run).keep_ratio == 0.5
+    whole, *rows = metrics["ceilings"]
+    assert whole["method"] == "dense" and whole["agreement"] == 1 and whole["top1"] == metrics["dense_top1"]
+    assert [row["method"] for row in rows] == ["random", "grid", "topk", "evit", "tome", "anchors"]
+    assert all(0.9 * whole["macs_g"] / 1.5 < row["macs_g"] < 1.01 * whole["macs_g"] / 1.5 for row in rows)
+
+
+@pytest.mark.parametrize("method", ["tome", "anchors"])
+def test_token_baselines_under_a_ceiling(folder, dense, method):
+    values = {"model_path": str(dense), "method": method, "macs_g": 0.03, "ceilings": [], "run_name": method}
+    run, result = papermill("token_baselines", folder, ROOT / "notebooks", **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert 0.027 < metrics["macs_g"] < 0.0303 and metrics["ceilings"] == []
+
+
 def test_eap(folder, dense, acdc):
     values = {"model_path": str(dense), "keep_ratio": 0.5, "ratios": [0.9, 0.5], "group_size": 2, **TINY}
     run, result = papermill("eap", folder, **values)
@@ -437,6 +469,7 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("refill", {"arch": "resnet20", "weights": ""}, "this model has no heads to remove: expected mlp"),
      ("rsst", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of state 0, from 1 to 1"),
      ("rsst", {"exponents": 3.0}, "exponents is 3.0, but RST_schedule is 'x', which has no exponent: leave it out"),
+     ("token_baselines", {"method": "top"}, "did you mean topk?"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):

@@ -29,6 +29,7 @@ CONTRACT = {
     "rsst": LOTTERY,
     "refill": LOTTERY,
     "clip_zeroshot": "model pretrained dataset enable_pruning k_anchors top_m alpha extract_attention attention_output",
+    "token_baselines": "method keep_ratio r blocks",
     "compare": "runs baseline metric latency_budget_ms",
     "explore": "model image method strength",
 }

@@ -11,7 +11,7 @@ from torch import nn
 from lib import blocks, costs, evaluate
 from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
-from lib.pruners.baselines import TOKENS, ToMe
+from lib.pruners.baselines import DROPPING, ToMe
 from lib.pruners.dropping import predicted_macs, reaching
 from lib.pruners.tokens import FixedPatches, TokenPruner
 from lib.pruners.ucb import UCB
@@ -31,13 +31,13 @@ TOWERS = {
     "all tokens too": {"output_tokens": True, "act_layer": transformer.QuickGELU},
 }
 METHODS = {
-    **{name: lambda tower, make=make: make(tower, 0.6) for name, make in TOKENS.items()},
+    **{name: lambda tower, make=make: make(tower, 0.6) for name, make in DROPPING.items()},
     "tome": lambda tower: ToMe(tower, [5, 3, 2]),
     "anchors": lambda tower: Anchors(tower, 3, 4),
 }
 MILD = {
     "none": TokenPruner,
-    **{name: lambda tower, make=make: make(tower, 1.0) for name, make in TOKENS.items()},
+    **{name: lambda tower, make=make: make(tower, 1.0) for name, make in DROPPING.items()},
     "tome": lambda tower: ToMe(tower, 0),
     "anchors": lambda tower: Anchors(tower, 8, 8),
 }
@@ -208,7 +208,7 @@ def test_macs_are_the_closed_form_and_the_switch_stays(batch_first, fast):
     try:
         torch.backends.mha.set_fastpath_enabled(fast)
         assert costs.closed_form_macs(Tower(visual)) == expected
-        for model in (visual, Tower(visual), TokenPruner(visual), TOKENS["topk"](visual, 1.0), ToMe(visual, 0)):
+        for model in (visual, Tower(visual), TokenPruner(visual), DROPPING["topk"](visual, 1.0), ToMe(visual, 0)):
             for counted in (evaluate.macs(model, (3, 64, 64)), evaluate.macs(model, images(2))):
                 assert round(counted["macs_g"] * 1e9) == expected
         with pytest.raises(ValueError, match="can't be counted from a shape"):
@@ -238,7 +238,7 @@ def test_predicted_macs_are_those_counted(method):
 def test_reaching_works_on_towers():
     visual = make()
     dense = evaluate.macs(visual, (3, 64, 64))["macs_g"]
-    found = reaching(lambda strength: TOKENS["evit"](visual, 1 - strength), 0.7 * dense, most=0.95)
+    found = reaching(lambda strength: DROPPING["evit"](visual, 1 - strength), 0.7 * dense, most=0.95)
     assert predicted_macs(found) <= 0.7 * dense < dense
 
 
@@ -283,7 +283,7 @@ def test_attention_dropout_follows_the_towers_mode():
     visual = make()
     for block in visual.transformer.resblocks:
         block.attn.dropout = 0.5
-    pruner = TOKENS["topk"](visual, 0.9)
+    pruner = DROPPING["topk"](visual, 0.9)
     assert torch.equal(pruner(images()), pruner(images()))
     pruner.train()
     assert not torch.equal(pruner(images()), pruner(images()))
@@ -293,7 +293,7 @@ def test_saved_towers_are_refused_in_one_line(tmp_path):
     from lib import models
 
     with pytest.raises(models.ModelError, match="^cannot describe a Tower: make models by lib.models.create$"):
-        models.save(TOKENS["topk"](make()), tmp_path / "model")
+        models.save(DROPPING["topk"](make()), tmp_path / "model")
     assert not [*tmp_path.iterdir()]
 
 

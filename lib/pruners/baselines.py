@@ -270,4 +270,4 @@ def merge(
     return x, torch.cat([ids[:, a].gather(1, stays), ids[:, b]], dim=1), size, parent.gather(1, sources)
 
 
-TOKENS = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}
+DROPPING = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}

@@ -90,6 +90,28 @@ class Dropping(TokenPruner):
         return blocks.add_mlp(block, kept), ids
 
 
+class FirstTokens(TokenPruner):
+    """What a method of these counts could reach at most: the same blocks, and the first tokens for chosen ones.
+
+    mlp_counts: tokens of every block's MLP, prefix tokens included, as `counts` gives them.
+    """
+
+    def __init__(self, vit: nn.Module, mlp_counts: Sequence[int]):
+        super().__init__(vit)
+        self.mlp_counts = list(mlp_counts)
+
+    @property
+    def arguments(self) -> dict:
+        return {"mlp_counts": self.mlp_counts}
+
+    def block(self, index: int, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        block, count = self.vit.blocks[index], self.mlp_counts[index]
+        if count == x.shape[1]:
+            return block(x), ids
+        x, *_ = blocks.attended(block, x)
+        return blocks.add_mlp(block, x[:, :count]), ids[:, : count - self.prefix]
+
+
 def predicted_macs(pruner: TokenPruner) -> float:
     """GMACs of one image by the closed form, for methods whose counts do not depend on the image (`counts`); what
     selecting takes (up to 3 % of a small model) is not in it."""
