@@ -11,7 +11,7 @@ from families import FAMILIES, images, make
 
 from lib import blocks, evaluate, models
 from lib.pruners.baselines import DROPPING, EViT, GridDrop, RandomDrop, TopK, spread_order
-from lib.pruners.dropping import predicted_macs, reaching, rounded_up
+from lib.pruners.dropping import FirstTokens, predicted_macs, reaching, rounded_up
 from lib.pruners.surgery import Plan, remove
 from lib.pruners.tokens import FixedPatches
 
@@ -410,3 +410,16 @@ def test_bad_arguments(name, arguments, message):
 def test_other_models_are_refused_by_name(name):
     with pytest.raises(blocks.UnsupportedBlock, match="Linear"):
         DROPPING[name](torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ceiling_runs_as_many_tokens_and_chooses_none(family):
+    vit = make(family)
+    x, pruner = images(vit), DROPPING["grid"](vit, 0.5, [0, 1])
+    ceiling, whole = FirstTokens(vit, pruner.counts()[1]), FirstTokens(vit, [pruner.prefix + 16] * 3)
+    torch.testing.assert_close(whole(x), vit(x), rtol=0, atol=1e-11)
+    assert [ids.shape[1] for ids in ceiling.trace(x).kept] == [8, 4, 4]
+    if vit.num_classes:
+        assert evaluate.macs(ceiling, x)["macs_g"] == evaluate.macs(pruner, x)["macs_g"], "grid chooses for nothing too"
+    kept = ceiling.trace(x).kept
+    assert all(torch.equal(ids, torch.arange(ids.shape[1]).expand_as(ids)) for ids in kept)
