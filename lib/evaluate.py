@@ -39,6 +39,7 @@ __all__ = [
     "confusion",
     "correlation",
     "device",
+    "evenly",
     "foreground",
     "hypervolume",
     "image_shape",

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from lib import runs
+from lib import runs, towers
 from lib.resnet import ResNet20
 
 # Small ViTs that timm does not name. Everything not set here is as in timm's vit_tiny_patch16_224.
@@ -44,17 +44,23 @@ class ModelError(ValueError):
 
 
 def create(
-    arch: str, num_classes: int, img_size: int | None = None, weights: str | Path | None = None, **timm_kwargs
+    arch: str,
+    num_classes: int,
+    img_size: int | None = None,
+    weights: str | Path | None = None,
+    *,
+    fresh_head: bool = True,
+    **timm_kwargs,
 ) -> nn.Module:
     """A ViT by name: one of PRESETS or any timm ViT, with timm's own overrides (patch_size, embed_dim, depth, …); or
     resnet20 (also res20s), which takes images of any size and no overrides.
 
     weights: None (random), "pretrained" (timm's hub), a run's folder or a local file: .safetensors, or a .bin/.pth
-    state dict read with weights_only. A head for other classes is left out and stays random, position embeddings are
-    resized to img_size; anything else that does not fit raises ModelError.
+    state dict read with weights_only. A head for other classes is left out and stays random (without fresh_head: is
+    refused), position embeddings are resized to img_size; anything else that does not fit raises ModelError.
     """
     if arch in RESNETS:
-        return _resnet(arch, num_classes, img_size, weights, timm_kwargs)
+        return _resnet(arch, num_classes, img_size, weights, fresh_head, timm_kwargs)
     overrides = dict(timm_kwargs, num_classes=num_classes)
     if img_size is not None:
         overrides["img_size"] = img_size
@@ -80,18 +86,23 @@ def create(
         if size and any(side % width for side, width in zip(size, patch, strict=True)):
             raise ModelError(f"img_size {size[0]} is not a multiple of patch_size {patch[0]}")
     model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": timm_kwargs}
-    _load_weights(model, weights)
+    theirs = model.pretrained_cfg.get("num_classes")
+    if weights == "pretrained" and not fresh_head and theirs != num_classes:
+        raise ModelError(f"pretrained weights of {arch!r} tell {theirs} classes apart: expected {num_classes}")
+    _load_weights(model, weights, fresh_head)
     return model
 
 
-def _resnet(arch: str, num_classes: int, img_size: int | None, weights: str | Path | None, others: dict) -> nn.Module:
+def _resnet(
+    arch: str, num_classes: int, img_size: int | None, weights: str | Path | None, fresh_head: bool, others: dict
+) -> nn.Module:
     used = {name: value for name, value in others.items() if value}  # drop_path_rate=0.0 asks for nothing
     if used or weights == "pretrained":
         fault = next(iter(used), "weights 'pretrained'")
         raise ModelError(f"arch {arch!r} takes no {fault}: expected random weights or a local file")
     model = ResNet20(num_classes)
     model.config = {"arch": arch, "num_classes": num_classes, "img_size": img_size, "timm": {}}
-    _load_weights(model, weights)
+    _load_weights(model, weights, fresh_head)
     return model
 
 
@@ -99,7 +110,7 @@ def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Raise ModelError unless a model of `create` takes images of this (channels, height, width)."""
     if isinstance(model, ResNet20):
         return
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer | towers.Tower):
         raise ModelError(f"{type(model).__name__} is not supported: expected a timm VisionTransformer")
     wanted = tuple(model.patch_embed.img_size)
     if wanted != image_shape[1:] and not model.dynamic_img_size:
@@ -107,8 +118,31 @@ def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
         raise ModelError(f"images are {found}, the model takes {wanted[0]}x{wanted[1]}: set img_size, or another arch")
 
 
-def _load_weights(model: nn.Module, weights: str | Path | None) -> None:
-    """Fill a dense model from a state dict, the head excepted where the number of classes differs."""
+def of_classes(vit: nn.Module, rows: list[int]) -> nn.Module:
+    """A model of `create` that tells only some of its classes apart: these rows of its head, in this order."""
+    head = nn.Linear(vit.head.in_features, len(rows), bias=vit.head.bias is not None)
+    with torch.no_grad():
+        for new, old in zip(head.parameters(), vit.head.parameters(), strict=True):
+            new.copy_(old[rows])
+    vit.head, vit.num_classes = head, len(rows)
+    vit.config = describe(vit) | {"num_classes": len(rows)}
+    return vit
+
+
+def is_bare(path: str) -> bool:
+    """Whether this names weights without a configuration of ours, for `create`: "pretrained", or a file without."""
+    file = Path(path)
+    if path == "pretrained" or not file.is_file() or file.suffix != ".safetensors":
+        return path == "pretrained" or file.is_file()
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "lib" not in (opened.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def _load_weights(model: nn.Module, weights: str | Path | None, fresh_head: bool) -> None:
+    """Fill a dense model from a state dict, with fresh_head but for the head where the number of classes differs."""
     if weights in (None, "", "pretrained"):  # timm has loaded its own
         return
     path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
@@ -120,7 +154,7 @@ def _load_weights(model: nn.Module, weights: str | Path | None) -> None:
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(dict(state), model)
     own = model.state_dict()
-    fresh = [k for k in state if k.startswith("head.") and k in own and own[k].shape != state[k].shape]
+    fresh = [k for k in state if k.startswith("head.") and k in own and own[k].shape != state[k].shape and fresh_head]
     faults = [f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in state.items()
               if k in own and k not in fresh and v.shape != own[k].shape]  # fmt: skip
     faults += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
@@ -176,6 +210,8 @@ def describe(model: nn.Module) -> dict:
 
 def build(config: dict) -> nn.Module:
     """A model of this configuration with fresh weights."""
+    if "tower" in config:
+        return towers.build(config)
     if "pruner" not in config:
         model = create(config["arch"], config["num_classes"], config["img_size"], **config["timm"])
         if "plan" in config:  # parts of it were removed

@@ -94,19 +94,39 @@ def _upsampled(values: np.ndarray, image: np.ndarray) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
-def kept_patches(images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int]) -> Figure:
-    """Images (n, H, W, 3) as rows of methods see them; kept: per name one set (K,) for all, or one per image."""
-    if not kept:
+def kept_patches(
+    images: np.ndarray, kept: dict[str, Any], grid: tuple[int, int], merged: dict[str, Any] | None = None
+) -> Figure:
+    """Images (n, H, W, 3) as rows of methods see them; kept: per name one set (K,) for all, or one per image; merged:
+    per name, for each patch (n, P), the patch whose token it is part of."""
+    merged = merged or {}
+    if not kept and not merged:
         kept = {"all": np.arange(grid[0] * grid[1])}
-    figure, axes = _grid(len(kept), len(images))
-    for row, (name, sets) in zip(axes, kept.items(), strict=True):
+    figure, axes = _grid(len(kept) + len(merged), len(images))
+    for row, (name, sets) in zip(axes, {**kept, **merged}.items(), strict=True):
         each = [sets] * len(images) if np.ndim(sets[0]) == 0 else sets
-        mean = np.mean([len(one) for one in each])
+        mean = np.mean([len({*np.asarray(one).tolist()}) for one in each])
         label = name.replace(" ", "\n", 1)  # method above setting
         row[0].set_ylabel(f"{label}\n{round(mean, 1):g} of {grid[0] * grid[1]}", fontsize=9)
         for axis, image, one in zip(row, images, each, strict=True):
-            axis.imshow(overlay(image, one, grid))
+            axis.imshow(mosaic(image, one, grid) if name in merged else overlay(image, one, grid))
     return figure
+
+
+def mosaic(image: np.ndarray, sources: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
+    """The image (H, W, 3) uint8, enlarged, with every merged group of patches in its mean colour, a line around each;
+    a patch that was not merged stays as it is. sources: per patch (P,) the one whose token it is part of."""
+    big = image.repeat(-(-200 // len(image)), axis=0).repeat(-(-200 // len(image)), axis=1)
+    groups = _upsampled(np.asarray(sources).reshape(grid), big)
+    names, place, patches = np.unique(groups, return_inverse=True, return_counts=True)
+    colour = np.stack([np.bincount(place.ravel(), big[..., c].ravel()) for c in range(3)], axis=1) / patches[:, None]
+    single = np.bincount(np.asarray(sources), minlength=grid[0] * grid[1])[groups] == 1
+    shown = np.where(single[..., None], big, colour[place.reshape(groups.shape)])
+    edge = np.zeros(groups.shape, bool)
+    edge[:-1] |= groups[:-1] != groups[1:]
+    edge[:, :-1] |= groups[:, :-1] != groups[:, 1:]
+    shown[edge] = VEIL
+    return shown.astype(np.uint8)
 
 
 def heat(values: np.ndarray, grid: tuple[int, int], images: np.ndarray, label: str) -> Figure:
@@ -274,5 +294,30 @@ def at_costs(table: pd.DataFrame, by: str, dense: float, label: str) -> Figure:
     axis.set(xlabel="GMACs per image", ylabel=f"{label} (n={table.n.iloc[0]})")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.legend(fontsize=9)
+    sns.despine(figure)
+    return figure
+
+
+def overlaps(table: pd.DataFrame) -> Figure:
+    """How much methods agree on what to keep: intersection over union of each two kept sets."""
+    figure, axis = plt.subplots(figsize=(1.2 + 0.8 * len(table), 0.9 + 0.7 * len(table)), layout="constrained")
+    sns.heatmap(table, vmin=0, vmax=1, cmap=HEAT, annot=True, fmt=".2f", square=True, ax=axis,
+                cbar_kws={"label": "overlap of kept patches (IoU)"})  # fmt: skip
+    return figure
+
+
+def varied(table: pd.DataFrame, split: str) -> Figure:
+    """Accuracy against cost with one setting varied at a time: the rows of training_free.vary, dense first."""
+    dense, rows = table.iloc[0], table.iloc[1:]
+    settings = list(rows.setting.unique())
+    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, layout="constrained")
+    for axis, setting in zip(np.atleast_1d(axes), settings, strict=True):
+        part = rows[rows.setting == setting]
+        colours = dict(zip(part.value.unique(), sns.color_palette("viridis", part.value.nunique()), strict=True))
+        sns.lineplot(part, x="macs_g", y="top1", hue="value", palette=colours, marker="o", ax=axis)
+        axis.axhline(dense.top1, color="0.6", linestyle=":", label="dense")
+        axis.set(xlabel="GMACs per image", ylabel=f"accuracy on the {split} images (n={int(dense.n)})")
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.legend(title=setting, fontsize=8, title_fontsize=9)
     sns.despine(figure)
     return figure

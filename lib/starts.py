@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from timm.data import ImageNetInfo
 from torch import nn
 
 from lib import data, evaluate, models, runs
@@ -24,14 +25,18 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
     """The dense model that the parameters of a notebook name, under the names of MAKING and `ckpt` (or another name).
 
     ckpt: a run's folder or a file; "" finds the run of dense.ipynb with the other parameters, or makes it; "scratch",
-    under this name alone, takes random weights. ParameterError where a parameter is set that would then do nothing;
-    of_trained: parameters that want a trained model, as `weights` does.
+    under this name alone, takes random weights; bare weights of `arch`, a file or "pretrained", serve as they are
+    (`published`). ParameterError where a parameter is set that would then do nothing; of_trained: parameters
+    that want a trained model, as `weights` does.
     """
     params = {making: run.params[making] for making in MAKING if making in run.params}
     ckpt = run.params[name]
     if (name, ckpt) == ("ckpt", "scratch"):
         run.refuse("weights", *of_trained, because=f"{name} scratch has no trained model")
         return initial(run, weights="")
+    if models.is_bare(runs.resolve(ckpt)):
+        run.refuse("weights", because=f"{name} is what the model starts from")
+        return published(run, ckpt)
     if ckpt:
         run.refuse(*params, because=f"{name} brings its own")
     params["dataset"] = params.pop("h5_dir", "") or params["dataset"]
@@ -53,6 +58,28 @@ def initial(run: runs.Run, weights: str) -> Start:
     return Start(weights if Path(weights).is_dir() else "", vit, images, about)
 
 
+def published(run: runs.Run, weights: str) -> Start:
+    """Weights of the parameters' `arch` as they are, for classes that their head knows: the dataset's or ImageNet-1k's.
+
+    Of an ImageNet-1k head the rows of the dataset's classes stay, found by their WordNet ids. ModelError otherwise.
+    """
+    params, synsets = run.params, ImageNetInfo("imagenet-1k").label_names()
+    size = params["img_size"] or None
+    source = {making: params[making] for making in MAKING if making in params}
+    about = {"data": _source(source) | {"img_size": size}, "normalise": params["normalise"]}
+    images, file = load(about), runs.resolve(weights)
+    try:
+        vit = models.create(params["arch"], len(images.classes), size, file, fresh_head=False)
+    except models.ModelError:
+        if not {*images.class_ids} <= {*synsets}:
+            raise
+        vit = models.create(params["arch"], len(synsets), size, file, fresh_head=False)
+        vit = models.of_classes(vit, [synsets.index(wnid) for wnid in images.class_ids])
+    models.match(vit, evaluate.image_shape(images))
+    about |= {"classes": images.classes, "mean": images.mean, "std": images.std}
+    return Start("", vit.eval(), images, about)
+
+
 def load(about: dict[str, Any]) -> Any:
     """The data that a model's metadata names, as the model was fed it."""
     return data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
@@ -60,4 +87,4 @@ def load(about: dict[str, Any]) -> Any:
 
 def _source(params: dict[str, Any]) -> dict[str, str | None]:
     dataset = params.get("h5_dir") or params["dataset"]
-    return {"dataset": runs.resolve(dataset), "labels_csv": runs.resolve(params["labels_csv"]) or None}
+    return {"dataset": runs.resolve(dataset), "labels_csv": runs.resolve(params.get("labels_csv", "")) or None}

@@ -1,16 +1,22 @@
 """open_clip's visual towers seen as timm ViTs, so that training-free token methods run on them.
 
+With class weights made of prompts (`lib.zero_shot`) a tower is a zero-shot classifier, otherwise it gives features.
+
 A view is made of the tower's own modules and copies no forward: attention is cut into the steps of `lib.blocks` by the
 weights of its nn.MultiheadAttention, and a block that no method touches runs as open_clip's own. Both layouts that
 open_clip has had, (N, L, D) and (L, N, D), look the same from here. open_clip need not be installed.
 """
 
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.blocks import UnsupportedBlock, name_of
+
+SCALE = 100.0  # of cosines to logits, as CLIP's own training ends with
 
 
 class AttentionView:
@@ -58,22 +64,33 @@ class EmbedView:
 
 
 class Tower(nn.Module):
-    """A visual tower of open_clip (`clip.visual`) with the names of timm's VisionTransformer; its logits are features.
+    """A visual tower of open_clip (`clip.visual`) with the names of timm's VisionTransformer.
 
-    UnsupportedBlock names what is something else: of a timm tower take `clip.visual.trunk`.
+    weights: (E, C), a normalised text embedding per class: logits are 100 · f · weights, f the normalised features.
+    Without them logits are the features (B, E) themselves. config: open_clip's embed_dim, vision_cfg and quick_gelu, by
+    which lib.models saves and rebuilds this. UnsupportedBlock names what is something else: of a timm tower take
+    `clip.visual.trunk`.
     """
 
     num_prefix_tokens, has_class_token, grad_checkpointing, dynamic_img_size = 1, True, False, False
     attn_pool = property(lambda self: self.visual.attn_pool)
     global_pool = property(lambda self: {"tok": "token"}.get(self.visual.pool_type, self.visual.pool_type))
-    num_classes = property(lambda self: 0 if self.visual.proj is None else self.visual.output_dim)
 
-    def __init__(self, visual: nn.Module):
+    def __init__(self, visual: nn.Module, weights: Tensor | None = None, config: dict[str, Any] | None = None):
         super().__init__()
         check(visual)
         self.visual = visual
+        self.register_buffer("weights", weights)
+        if config is not None:
+            self.config = {"tower": config, "num_classes": self.num_classes, "zero_shot": weights is not None}
         self.embed_dim = visual.positional_embedding.shape[1]
         self.norm_pre = self.norm = nn.Identity()
+
+    @property
+    def num_classes(self) -> int:
+        if self.weights is not None:
+            return self.weights.shape[1]
+        return 0 if self.visual.proj is None else self.visual.output_dim
 
     @property
     def blocks(self) -> list[BlockView]:
@@ -87,17 +104,31 @@ class Tower(nn.Module):
         return x  # open_clip has added it where it embeds
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """Features (B, E) of the last block's tokens (B, N, D), as the tower pools and projects them."""
+        """Logits (B, C) of the last block's tokens (B, N, D), as the tower pools and projects them."""
         pooled, _ = self.visual._pool(x)
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        return self._logits(pooled if self.visual.proj is None else pooled @ self.visual.proj)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return features if self.weights is None else SCALE * F.normalize(features, dim=-1) @ self.weights
 
     def no_weight_decay(self) -> set[str]:
         return {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, E), by open_clip's own forward."""
+        """Logits (B, C) of images (B, 3, H, W), by open_clip's own forward."""
         found = self.visual(images)
-        return found[0] if isinstance(found, tuple) else found
+        return self._logits(found[0] if isinstance(found, tuple) else found)
+
+
+def build(config: dict[str, Any]) -> Tower:
+    """The Tower of this `config` with fresh weights."""
+    from open_clip import CLIP  # here: an extra, and slow to import
+
+    least = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}  # of the text: not wanted
+    made = config["tower"]
+    visual = CLIP(made["embed_dim"], made["vision_cfg"], least, made["quick_gelu"]).visual
+    weights = torch.zeros(made["embed_dim"], config["num_classes"]) if config["zero_shot"] else None
+    return Tower(visual, weights, made)
 
 
 def is_tower(model: nn.Module) -> bool:

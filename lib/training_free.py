@@ -1,8 +1,9 @@
 """Token methods on a pretrained model as it is: built by name, at a strength or at a price, and measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lib.runs import Run
 from lib.starts import Start
 
 METHODS = (*baselines.DROPPING, "tome", "anchors")
+COUNTED = 256  # test images on which kept patches are compared
 
 
 def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: float | None = None) -> TokenPruner:
@@ -44,9 +46,7 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     share = given[0] / sum(given)  # of anchors among what is kept
 
     def make(strength: float) -> Anchors:
-        kept = max(2, round((1 - strength) * patches))
-        k = min(kept - 1, max(1, round(share * kept)))
-        return Anchors(vit, k, kept - k, **fixed)
+        return Anchors(vit, *parted(share, round((1 - strength) * patches)), **fixed)
 
     return reaching(make, macs_g, 1.0)
 
@@ -55,59 +55,142 @@ def _number(value: float) -> int | float:
     return int(value) if value >= 1 else value
 
 
-def measure(run: Run, start: Start, pruner: TokenPruner, latency_batch: int) -> dict[str, Any]:
-    """Scores on the test images, how often it answers as the dense model does, its speed and that of its ceiling.
+def measure(run: Run, start: Start, pruner: nn.Module, latency_batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What belongs in metrics.json besides the method's own, and the scores of the dense model, on the test images.
 
-    Saves the model and its predictions in the run's folder. Returns what belongs in metrics.json besides the method's
-    own. ceiling: the speed of the same blocks on as many tokens, chosen for nothing.
+    Scores, how often it answers as the dense model does, its speed and that of its ceiling: the same blocks on as many
+    tokens, chosen for nothing. The dense model itself (start.vit) for pruner: its scores alone. Saves the model and its
+    predictions in the run's folder.
     """
     images, where = start.images, evaluate.device()
     arms = {"dense": start.vit.to(where).eval(), "pruned": pruner.to(where).eval()}
-    arms["ceiling"] = FirstTokens(start.vit, pruner.counts()[1]).eval()
-    scores, predicted = evaluate.test(pruner, images)
     dense, answers = evaluate.test(arms["dense"], images)
-    speed = evaluate.latency(arms, evaluate.batch(images, latency_batch), device=where).set_index("model")
+    scores, predicted = (dense, answers) if pruner is start.vit else evaluate.test(pruner, images)
     run.arrays("test", logits=predicted.logits, labels=predicted.labels)
     models.save(pruner, run.dir / "model", **start.about)
-    same = torch.as_tensor(predicted.logits).argmax(1) == torch.as_tensor(answers.logits).argmax(1)
+    result = scores | {"dense_top1": dense["top1"], "dense_macs_g": dense["macs_g"]}
+    result["agreement"] = agreement(predicted, answers)
+    if pruner is start.vit:
+        return result, dense
+    arms["ceiling"] = FirstTokens(start.vit, pruner.counts()[1]).eval()
+    speed = evaluate.latency(arms, evaluate.batch(images, latency_batch), device=where).set_index("model")
     fast, limit = speed.speedup["pruned"], speed.speedup["ceiling"]
     return {
-        **scores,
-        "dense_top1": dense["top1"],
-        "dense_macs_g": dense["macs_g"],
-        "agreement": same.double().mean().item(),
+        **result,
         "tokens": pruner.counts()[1],
         "speedup": round(float(fast), 3),
         "ceiling": round(float(limit), 3),
         "share_of_ceiling": round(float(fast / limit), 3),
         "latency_ms": round(float(speed.latency_ms["pruned"]), 3),
+    }, dense
+
+
+def agreement(predicted: evaluate.Predictions, answers: evaluate.Predictions) -> float:
+    """The share of images for which two models answer the same."""
+    ours, theirs = (torch.as_tensor(each.logits).argmax(1) for each in (predicted, answers))
+    return (ours == theirs).double().mean().item()
+
+
+def compared(start: Start, pruners: Iterable[tuple[dict[str, Any], TokenPruner]], split: str = "test") -> pd.DataFrame:
+    """A row for the dense model, then one for each of (its names, a pruner of it): macs_g, tokens in the last block,
+    top1, nll_nats, agreement with dense, n, besides the names."""
+    where = evaluate.device()
+    dense, answers = evaluate.test(start.vit.to(where), start.images, split=split)
+    shown = ("macs_g", "top1", "nll_nats", "n")
+    rows = [{"method": "dense", "agreement": 1.0} | {name: dense[name] for name in shown}]
+    for names, pruner in pruners:
+        found, predicted = evaluate.test(pruner.to(where), start.images, split=split)
+        left = {"tokens": pruner.counts()[1][-1], "agreement": agreement(predicted, answers)}
+        rows.append(names | left | {name: found[name] for name in shown})
+    return pd.DataFrame(rows)
+
+
+def scan(start: Start, rules: Mapping[str, Any], ceilings: Sequence[float], latency_batch: int) -> pd.DataFrame:
+    """`compared` of every method at the MACs of dense divided by each of `ceilings`; no row where a method cannot be so
+    cheap. Nothing is chosen by it: method and strength are given.
+
+    Columns besides: method, ceiling, speedup (measured in turns with dense, whose speed is 1).
+    """
+    whole, batch = evaluate.macs(start.vit, evaluate.image_shape(start.images))["macs_g"], None
+    rows = []
+    for ceiling in ceilings:
+        found = peers(start.vit, rules, whole / ceiling)
+        batch = evaluate.batch(start.images, latency_batch) if batch is None else batch
+        arms = {"dense": start.vit, **{name: each.eval() for name, each in found.items()}}
+        speed = evaluate.latency(arms, batch, repeats=15, device=evaluate.device()).set_index("model").speedup
+        rows += [({"method": name, "ceiling": ceiling, "speedup": round(float(speed[name]), 3)}, each)
+                 for name, each in found.items()]  # fmt: skip
+    return compared(start, rows)
+
+
+def peers(vit: nn.Module, rules: Mapping[str, Any], macs_g: float) -> dict[str, TokenPruner]:
+    """Every method at so many GMACs or a little less, by name; what cannot be so cheap is printed and left out."""
+    found = {}
+    for method in METHODS:
+        try:
+            found[method] = build(vit, rules, method, macs_g)
+        except ValueError as error:
+            print(f"left out {method}: {error}")
+    return found
+
+
+def vary(start: Start, rules: Mapping[str, Any], shares: Sequence[float]) -> pd.DataFrame:
+    """`compared` of anchors with each of their settings varied alone, at each share of the patches kept.
+
+    Columns setting and value say what was varied; `rules` hold the others. On the validation images, or, where there
+    are none, on the test images: then it is for looking, not for choosing.
+    """
+    patches, depth = TokenPruner(start.vit).patches, len(start.vit.blocks)
+    given = [value if value >= 1 else value * patches for value in (rules["k_anchors"], rules["top_m"])]
+    mix = given[0] / sum(given)
+    values = {
+        "alpha": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "anchors among kept": sorted({0.1, 0.25, 0.5, 0.75, 0.95}),
+        "start_block": sorted({1, *(depth * i // 4 for i in (1, 2, 3))} - {0}),
+        "normalise_scores": ["minmax", "none"],
     }
 
+    def pruners() -> Iterator[tuple[dict[str, Any], TokenPruner]]:
+        for setting, each in values.items():
+            for value in each:
+                changed = {**rules, setting: value}
+                for share in shares:
+                    k, m = parted(changed.get("anchors among kept", mix), round(share * patches))
+                    made = build(start.vit, changed | {"k_anchors": k, "top_m": m}, "anchors", 0)
+                    yield {"method": "anchors", "setting": setting, "value": str(value)}, made
 
-def scan(start: Start, rules: Mapping[str, Any], methods: Sequence[str], ceilings: Sequence[float]) -> pd.DataFrame:
-    """Accuracy on the test images of several methods, each at the MACs of dense divided by each of `ceilings`.
+    return compared(start, pruners(), "val" if len(start.images.val) else "test")
 
-    Nothing is chosen by it: method and strength are given. Columns: method, ceiling, macs_g, top1, agreement, n; no row
-    where a method cannot be so cheap.
-    """
-    where, rows = evaluate.device(), []
-    dense, answers = evaluate.test(start.vit.to(where), start.images)
-    rows.append({"method": "dense", "ceiling": 1.0, "agreement": 1.0} | {k: dense[k] for k in ("macs_g", "top1", "n")})
-    for method in methods:
-        for ceiling in ceilings:
-            try:
-                pruner = build(start.vit, rules, method, dense["macs_g"] / ceiling).to(where)
-            except ValueError as error:
-                print(f"{method} at 1/{ceiling:g} of dense: {error}")
-                continue
-            found, predicted = evaluate.test(pruner, start.images)
-            same = torch.as_tensor(predicted.logits).argmax(1) == torch.as_tensor(answers.logits).argmax(1)
-            rows.append({"method": method, "ceiling": ceiling, "agreement": same.double().mean().item(),
-                         **{k: found[k] for k in ("macs_g", "top1", "n")}})  # fmt: skip
-    return pd.DataFrame(rows)
+
+def parted(share: float, kept: int) -> tuple[int, int]:
+    """k anchors and m others among `kept` patches, `share` of them anchors; at least one of each."""
+    kept = max(2, kept)
+    k = min(kept - 1, max(1, round(share * kept)))
+    return k, kept - k
 
 
 def kept(pruner: TokenPruner, images: Tensor) -> list[Tensor]:
     """The patches of each image (B, C, H, W) that run in the last block, as indices on the grid."""
     last = pruner.trace(images.to(next(pruner.parameters()).device)).kept[-1]
     return [ids.cpu() for ids in last]
+
+
+def kept_in(pruners: Mapping[str, TokenPruner], images: Any) -> dict[str, list[Tensor]]:
+    """`kept` of up to 256 test images spread evenly, by method; without ToMe, which keeps all in a way."""
+    x = evaluate.batch(images, COUNTED)
+    return {name: kept(pruner, x) for name, pruner in pruners.items() if not isinstance(pruner, baselines.ToMe)}
+
+
+def overlaps(sets: Mapping[str, Sequence[Tensor]]) -> pd.DataFrame:
+    """Mean over images of |A ∩ B| / |A ∪ B| for the kept sets of each two methods."""
+    return pd.DataFrame({a: {b: evaluate.overlap(sets[a], sets[b]) for b in sets} for a in sets})
+
+
+def foreground(sets: Mapping[str, Sequence[Tensor]], start: Start) -> pd.DataFrame | None:
+    """Precision and recall of the foreground among the sets of `kept_in`, a row per method; None without masks."""
+    test = start.images.test
+    if test.masks is None:
+        return None
+    masks = np.asarray(test.masks)[evaluate.evenly(len(test), COUNTED)]
+    grid = start.vit.patch_embed.grid_size
+    return pd.DataFrame([{"method": name, **evaluate.foreground(each, masks, grid)} for name, each in sets.items()])

@@ -1,0 +1,128 @@
+"""Zero-shot classification with open_clip: every class is a text, and an image belongs to the one nearest to it.
+
+    w_c = normalised mean over prompts of normalised text features of the prompt with class c's name
+    logits = 100 · f · W,  f the normalised features of the image
+
+Models come from open_clip: by name and tag from its hub, from a file, or from a folder in its own layout, such as those
+that lib.captions makes without internet.
+
+Source: "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020).
+"""
+
+import difflib
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lib import data, models, runs
+from lib.params import ParameterError
+from lib.starts import Start
+from lib.towers import Tower
+
+KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+PHOTOS = [f"a {kind}photo of {article} {{}}." for article in ("a", "the") for kind in KINDS]
+SIZES = [f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big")]
+DIGITS = ["a picture of the digit {}.", "the number {} among clutter.", "a photo of a handwritten {}."]
+TEMPLATES = {"digits": DIGITS, "cifar": PHOTOS + SIZES}  # by a part of the dataset's name; others as ImageNet
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class Clip(NamedTuple):
+    """name, pretrained: what it was loaded by. model: of open_clip, in evaluation mode. tokenizer: texts to (n, L).
+    config: open_clip's own (embed_dim, vision_cfg, text_cfg, …). size, mean, std: how images are fed."""
+
+    name: str
+    pretrained: str
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load(model: str, pretrained: str = "") -> Clip:
+    """A model of open_clip: its name and a tag or file of weights, or `hf-hub:…` or `local-dir:folder` alone.
+
+    Weights that were trained with QuickGELU get it, whatever the name says. ModelError, one line: an unknown name or
+    tag, weights that cannot be fetched, no weights at all, or images prepared in another way than lib.data does.
+    """
+    open_clip = needed()
+    schema = ":" in model
+    if schema and pretrained:
+        raise models.ModelError(f"pretrained is {pretrained!r}, but {model} brings its own weights: leave it out")
+    if not schema and model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise models.ModelError(
+            f"model {model!r} is unknown: expected a name of open_clip's, hf-hub:… or local-dir:…{hint}"
+        )
+    if not schema and not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise models.ModelError(f"model {model!r} has no weights: expected pretrained, a file or a tag ({tags})")
+    tag = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else None
+    quick = bool((tag or {}).get("quick_gelu"))
+    try:
+        clip = open_clip.create_model(model, runs.resolve(pretrained) or None, force_quick_gelu=quick)
+        config = open_clip.get_model_config(model)
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # open_clip and the hub raise a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise models.ModelError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
+    fed = clip.visual.preprocess_cfg
+    size = fed["size"] if isinstance(fed["size"], int) else fed["size"][0]
+    if (fed["size"] not in (size, (size, size), [size, size])) or fed["resize_mode"] != "shortest":
+        found = f"{fed['size']} px, resized by {fed['resize_mode']!r}"
+        raise models.ModelError(f"model {model!r} takes images of {found}: expected squares, resized by 'shortest'")
+    config["quick_gelu"] = quick or bool(config.get("quick_gelu"))
+    return Clip(model, pretrained, clip.eval(), tokenizer, config, size, tuple(fed["mean"]), tuple(fed["std"]))
+
+
+def needed() -> Any:
+    """The module open_clip; ModelError where it is not installed."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise models.ModelError("open_clip is not installed: pip install -e '.[clip]'") from error
+    return open_clip
+
+
+def templates(dataset: str) -> list[str]:
+    """The prompts of a dataset, with {} for the class: those of the CLIP paper for CIFAR, and its 80 of ImageNet where
+    there are no others."""
+    for name, known in TEMPLATES.items():
+        if name in dataset.lower():
+            return known
+    return [template("{}") for template in needed().OPENAI_IMAGENET_TEMPLATES]
+
+
+def class_names(images: Any) -> list[str]:
+    """The classes as words: digits spelled out, the first of several names, no underscores."""
+    if images.classes == [str(n) for n in range(10)]:
+        return list(NUMBERS)
+    return [name.split(",")[0].replace("_", " ").strip() for name in images.classes]
+
+
+def start(run: runs.Run, clip: Clip) -> Start:
+    """The parameters' dataset as the model is fed it, and the model's visual tower as a classifier of its classes.
+
+    The classes' texts are the parameters' templates, or those known for the dataset. ParameterError: one without {}.
+    """
+    params = run.params
+    if faulty := [prompt for prompt in params["templates"] if str(prompt).count("{}") != 1]:
+        raise ParameterError(f"templates hold {faulty[0]!r}: expected texts with one {{}} for the class")
+    source = {"dataset": runs.resolve(params["dataset"]), "img_size": clip.size, "labels_csv": None}
+    images = replace(data.load(**source, root=runs.root() / "data"), mean=clip.mean, std=clip.std)
+    prompts = params["templates"] or templates(images.name)
+    weights = needed().build_zero_shot_classifier(clip.model, clip.tokenizer, class_names(images), prompts)
+    config = {name: clip.config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu")}
+    about = {"data": source, "normalise": "data", "classes": images.classes, "mean": clip.mean, "std": clip.std}
+    return Start("", Tower(clip.model.visual, weights.contiguous(), config).eval(), images, about)
+
+
+def report(scores: dict[str, Any], start: Start, clip: Clip) -> dict[str, Any]:
+    """The scores of evaluate.test as CLIP_benchmark writes its results; acc5 is None for fewer than five classes."""
+    metrics = {"acc1": scores["top1"], "acc5": scores.get("top5"), "mean_per_class_recall": scores["recall_macro"]}
+    task = {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
+    return {"dataset": start.images.name, "model": clip.name, "pretrained": clip.pretrained} | task
