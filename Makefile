@@ -33,6 +33,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/avit.py
 	$(BIN)/python benchmarks/acdc.py
+	$(BIN)/python benchmarks/tokens.py
 
 report: $(VENV)/ready
 	$(BIN)/python report/build.py outputs

@@ -1,6 +1,9 @@
 """The model families that identities are checked on: small, float64, every parameter random and non-zero."""
 
 import lib  # noqa: F401  # isort: skip (first: it lets timm import, in spawned processes too)
+from pathlib import Path
+
+import pytest
 import timm
 import torch
 from torch import nn
@@ -30,6 +33,14 @@ def make(name: str, **overrides) -> nn.Module:
         for parameter in vit.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return vit
+
+
+def by_onnx(model: nn.Module, x: torch.Tensor, folder: Path) -> torch.Tensor:
+    """What onnxruntime makes of images x with the exported model."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(model, (x,), folder / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def images(vit: nn.Module, batch: int = 3, seed: int = 1) -> torch.Tensor:

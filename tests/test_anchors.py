@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
-from families import FAMILIES, images, make
+from families import FAMILIES, by_onnx, images, make
 
 from lib import blocks, evaluate, models
 from lib.pruners.anchors import NORMALISE, Anchors, choose
@@ -333,6 +333,13 @@ def test_exports_and_compiles():
     x = images(pruner.vit, 2).float()
     torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
+
+
+def test_exports_to_onnx(tmp_path):
+    pruner = Anchors(make("vit"), **FEW).float().eval()
+    x = images(pruner.vit, 2).float()
+    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
+    assert (pruner(x) - pruner.vit(x)).abs().max() > 1e-4, "something was pruned"
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_CLASS_TOKEN])

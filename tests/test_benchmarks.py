@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import models
+from lib import models, training_free
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def avit():
-    spec = importlib.util.spec_from_file_location("benchmark_avit", FOLDER / "avit.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def avit():
+    return load("avit")
 
 
 @pytest.fixture
@@ -59,3 +63,11 @@ def test_the_recorded_depths_are_of_the_models_they_are_planted_in(avit):
         assert (found <= found[:, :1]).all(), "no patch outlives its image"
     with pytest.raises(SystemExit, match="vit_digits does not fit"):
         avit.depths("vit_digits", 1)
+
+
+@pytest.mark.filterwarnings("ignore:k_anchors")
+def test_every_token_method_is_held_against_its_ceiling():
+    table = load("tokens").against_ceiling("vit_digits", batch=2, repeats=1, fewer=1.5)
+    assert {*table.method} == {*training_free.METHODS}
+    assert ((table["MACs"] >= 1.5) & (table["MACs"] < 1.6)).all(), "as mild as that allows"
+    assert (table[["speed-up", "ceiling", "share"]] > 0).all(axis=None)

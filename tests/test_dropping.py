@@ -7,13 +7,13 @@ from fractions import Fraction
 import pytest
 import timm
 import torch
-from families import FAMILIES, images, make
+from families import FAMILIES, by_onnx, images, make
 
 from lib import blocks, evaluate, models
 from lib.pruners.baselines import DROPPING, EViT, GridDrop, RandomDrop, TopK, spread_order
 from lib.pruners.dropping import FirstTokens, predicted_macs, reaching, rounded_up
 from lib.pruners.surgery import Plan, remove
-from lib.pruners.tokens import FixedPatches
+from lib.pruners.tokens import FixedPatches, highest
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 SETTINGS = {
@@ -385,6 +385,25 @@ def test_exports_and_compiles(name):
     x = images(pruner.vit, 2).float()
     torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_exports_to_onnx(name, tmp_path):
+    pruner = DROPPING[name](make("vit"), 0.6).float().eval()
+    x = images(pruner.vit, 2).float()
+    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
+    assert (pruner(x) - pruner.vit(x)).abs().max() > 1e-4, "something was pruned"
+
+
+@pytest.mark.parametrize("count", [9, 20])
+def test_the_highest_are_the_first_of_equals_in_onnx_too(count, tmp_path):
+    class Highest(torch.nn.Module):
+        def forward(self, scores):
+            return highest(scores, count)
+
+    scores = torch.randint(4, (5, 20), generator=torch.Generator().manual_seed(0)).float()
+    expected = [sorted(range(20), key=lambda place: -row[place])[:count] for row in scores.tolist()]
+    assert Highest()(scores).tolist() == by_onnx(Highest().eval(), scores, tmp_path).tolist() == expected
 
 
 @pytest.mark.parametrize("name", DROPPING)

@@ -7,7 +7,7 @@ import math
 import pytest
 import timm
 import torch
-from families import FAMILIES, images, make
+from families import FAMILIES, by_onnx, images, make
 from torch import nn
 
 from lib import evaluate, models
@@ -321,6 +321,14 @@ def test_exports_and_compiles():
     x = images(pruner.vit, 2).float()
     torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
+
+
+@pytest.mark.parametrize("family", ["vit", "no class token"])
+def test_exports_to_onnx(family, tmp_path):
+    pruner = ToMe(make(family), [5, 3, 2]).float().eval()
+    x = images(pruner.vit, 2).float()
+    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
+    assert (pruner(x) - pruner.vit(x)).abs().max() > 1e-4, "something was pruned"
 
 
 def test_runs_in_half_precision():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from families import by_onnx
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
@@ -302,6 +303,14 @@ def test_exports(method):
     pruner = METHODS[method](make()).float()
     x = images(2).float()
     torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
+
+
+@pytest.mark.parametrize("method", ["topk", "tome", "anchors"])
+def test_exports_to_onnx(method, tmp_path):
+    pruner = METHODS[method](make()).float().eval()
+    x = images(2).float()
+    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
+    assert (pruner(x) - pruner.vit.visual(x)).abs().max() > 1e-4, "something was pruned"
 
 
 @pytest.mark.parametrize("method", [lambda tower: UCB(tower, 0.5), AViT, lambda tower: FixedPatches(tower, [0, 1])])
