@@ -35,10 +35,11 @@ class Maps(NamedTuple):
 def extract(pruner: TokenPruner, images: Tensor) -> Maps:
     """The attention of every block to which the model itself feeds it, for images (B, 3, H, W), in evaluation mode.
 
-    UnsupportedBlock for a method whose attention is not that of its block alone (ToMe, A-ViT), and for blocks that have
+    UnsupportedBlock for a method whose attention is not that of its block alone (ToMe, A-ViT, UCB), and for blocks that have
     no head left.
     """
-    if type(pruner).run is not TokenPruner.run:
+    own = type(pruner)
+    if own.run is not TokenPruner.run or own.forward is not TokenPruner.forward:
         raise blocks.UnsupportedBlock(f"{blocks.name_of(pruner)} attends in a way of its own: no maps of it")
     attention, tokens = [], []
     with blocks.evaluation(pruner):

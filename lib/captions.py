@@ -104,7 +104,8 @@ def vision_config(vit: nn.Module) -> dict[str, Any]:
     block, size, patch = vit.blocks[0], vit.patch_embed.img_size, vit.patch_embed.patch_size
     plain = {"class token": vit.has_class_token and vit.num_prefix_tokens == 1, "pooling": vit.global_pool == "token",
              "norm": isinstance(vit.norm_pre, nn.Identity) and isinstance(vit.fc_norm, nn.Identity),
-             "attention": isinstance(block.attn.q_norm, nn.Identity), "mlp": isinstance(block.mlp.act, nn.GELU),
+             "attention": all(isinstance(norm, nn.Identity) for norm in (block.attn.q_norm, block.attn.norm)),
+             "mlp": isinstance(block.mlp.act, nn.GELU) and isinstance(block.mlp.norm, nn.Identity),
              "scale": isinstance(block.ls1, nn.Identity), "squares": size[0] == size[1] and patch[0] == patch[1],
              "bias": block.attn.qkv.bias is not None,
              "position": vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1}  # fmt: skip

@@ -49,7 +49,8 @@ def load(model: str, pretrained: str = "") -> Clip:
     tag, weights that cannot be fetched, no weights at all, or images prepared in another way than lib.data does.
     """
     open_clip = needed()
-    schema = ":" in model
+    kind, schema, where = model.partition(":")
+    source = f"{kind}:{runs.resolve(where)}" if kind == "local-dir" else model
     if schema and pretrained:
         raise models.ModelError(f"pretrained is {pretrained!r}, but {model} brings its own weights: leave it out")
     if not schema and model not in open_clip.list_models():
@@ -64,9 +65,10 @@ def load(model: str, pretrained: str = "") -> Clip:
     tag = open_clip.get_pretrained_cfg(model, pretrained) if pretrained else None
     quick = bool((tag or {}).get("quick_gelu"))
     try:
-        clip = open_clip.create_model(model, runs.resolve(pretrained) or None, force_quick_gelu=quick)
-        config = open_clip.get_model_config(model)
-        tokenizer = open_clip.get_tokenizer(model)
+        file = runs.resolve(pretrained) or None
+        clip = open_clip.create_model(source, file, force_quick_gelu=quick, require_pretrained=True)
+        config = open_clip.get_model_config(source)
+        tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip and the hub raise a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise models.ModelError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
@@ -123,6 +125,8 @@ def start(run: runs.Run, clip: Clip) -> Start:
 
 def report(scores: dict[str, Any], start: Start, clip: Clip) -> dict[str, Any]:
     """The scores of evaluate.test as CLIP_benchmark writes its results; acc5 is None for fewer than five classes."""
-    metrics = {"acc1": scores["top1"], "acc5": scores.get("top5"), "mean_per_class_recall": scores["recall_macro"]}
+    recalls = [share for share in scores["per_class_accuracy"].values() if share is not None]  # of classes with images
+    recall = sum(recalls) / len(recalls)
+    metrics = {"acc1": scores["top1"], "acc5": scores.get("top5"), "mean_per_class_recall": recall}
     task = {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
     return {"dataset": start.images.name, "model": clip.name, "pretrained": clip.pretrained} | task
