@@ -26,7 +26,7 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     macs_g: instead of keep_ratio, r or top_m, the mildest strength of at most so many GMACs per image; None takes
     rules["macs_g"], where 0 is no such ceiling. ValueError: a ceiling that the method cannot reach.
     """
-    method, blocks = method or rules["method"], rules["blocks"] or None
+    method, blocks = method or rules["method"], rules.get("blocks") or None
     macs_g = rules["macs_g"] if macs_g is None else macs_g
     patches = TokenPruner(vit).patches
     fixed = {name: rules[name] for name in ("alpha", "start_block", "normalise_scores")}
@@ -167,6 +167,11 @@ def parted(share: float, kept: int) -> tuple[int, int]:
     kept = max(2, kept)
     k = min(kept - 1, max(1, round(share * kept)))
     return k, kept - k
+
+
+def records(table: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """A table as metrics.json takes it: a dict per row, None where there is no value; [] for no table."""
+    return [] if table is None else table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def kept(pruner: TokenPruner, images: Tensor) -> list[Tensor]:
