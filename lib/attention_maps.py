@@ -35,8 +35,8 @@ class Maps(NamedTuple):
 def extract(pruner: TokenPruner, images: Tensor) -> Maps:
     """The attention of every block to which the model itself feeds it, for images (B, 3, H, W), in evaluation mode.
 
-    UnsupportedBlock for a method whose attention is not that of its block alone (ToMe, A-ViT, UCB), and for blocks that have
-    no head left.
+    UnsupportedBlock for a method whose attention is not that of its block alone (ToMe, A-ViT, UCB), and for blocks that
+    have no head left.
     """
     own = type(pruner)
     if own.run is not TokenPruner.run or own.forward is not TokenPruner.forward:
