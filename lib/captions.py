@@ -7,6 +7,7 @@ about it are the prompts, which it never saw; its classes were all in its traini
 
 import copy
 import json
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lib import blocks, plots, runs, train
 from lib.starts import initial
+from lib.towers import SCALE
 from lib.zero_shot import NUMBERS, Clip, class_names, load, needed
 
 MAKING = ("dataset", "arch", "weights", "img_size", "normalise", "epochs", "batch_size", "learning_rate", "seed")
@@ -76,7 +78,8 @@ def fit(run: runs.Run, vit: nn.Module, images: Any, recipe: train.Recipe) -> Cli
     """
     open_clip = needed()
     config = {"embed_dim": EMBED_DIM, "vision_cfg": vision_config(vit), "text_cfg": TEXT, "quick_gelu": False}
-    clip = open_clip.CLIP(**copy.deepcopy(config))
+    clip = open_clip.CLIP(**copy.deepcopy(config), init_logit_scale=math.log(SCALE))
+    clip.logit_scale.requires_grad_(False)  # zero-shot logits have this scale, too
     clip.visual.load_state_dict(tower_state(vit), strict=False)  # all but the projection
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
     names = class_names(images)
