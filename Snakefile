@@ -7,6 +7,7 @@
 # parameters both stages vary. A list of them is only waited for: what a comparison's glob is to find.
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def expand_stages(stages):
         for combination in itertools.product(*lists.values()):
             varied = dict(zip(lists, combination))
             values = {**given, **varied}
-            shown = [str(v) if isinstance(v, str) else f"{k}{v}" for k, v in varied.items()]
-            name = "-".join([label, *shown])
+            shown = [Path(v).stem if "/" in str(v) else v if isinstance(v, str) else f"{k}{v}" for k, v in varied.items()]
+            name = re.sub(r"[^\w.=-]+", "_", "-".join([label, *shown]))
+            if f"{notebook}/{name}" in found:
+                sys.exit(f"{notebook}/{name}: two runs of this name, expected another name for one of the stages")
             upstream = []
             for parameter, needed in stage.get("needs", {}).items():
                 wanted = {needed} if isinstance(needed, str) else {*needed}

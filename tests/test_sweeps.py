@@ -54,6 +54,17 @@ def test_typing_errors_are_found_before_anything_starts(tmp_path):
     assert "did you mean random?" in result.stderr
 
 
+def test_a_run_is_named_after_a_path_by_its_file(tmp_path):
+    sweep, out = tmp_path / "paths.yaml", tmp_path / "out"
+    stage = "  - notebook: dense\n    parameters: {dataset: [a/b/one.h5, digits], weights: ''}\n"
+    sweep.write_text(f"name: s\noutput_dir: {out}\nstages:\n{stage}")
+    shown = dry_run(sweep).stdout
+    assert f"{out}/dense/s-one/DONE" in shown and f"{out}/dense/s-digits/DONE" in shown
+    sweep.write_text(f"name: s\noutput_dir: {out}\nstages:\n{stage}{stage}")
+    result = dry_run(sweep)
+    assert result.returncode != 0 and "dense/s-one: two runs of this name" in result.stderr
+
+
 STAGES = """
 name: s
 output_dir: {out}
