@@ -16,7 +16,6 @@ first stretched to [0, 1] over each image's candidates; "none" is the literal ru
 
 import math
 import warnings
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +108,16 @@ class Anchors(TokenPruner):
         block, prefix = self.vit.blocks[index], self.prefix
         if index != self.start_block or self.k + self.m >= self.patches:
             return block(x), ids
-        x, fed, q, k = blocks.attended(block, x)
-        # head after head: a third faster than all at once, as what one head needs stays in the cache
-        heads = (blocks.probabilities(block.attn, *pair) for pair in zip(q.unbind(1), k.unbind(1), strict=True))
-        attention = reduce(torch.add, heads) / block.attn.num_heads
+        fed, attn = block.norm1(x), block.attn
+        heads, attention = [], 0.0
+        # The scores need all of softmax(q kᵀ), so it serves the attention itself, too, instead of the fused kernel. Head
+        # after head: a third faster than all at once, as what one head needs stays in the cache.
+        for q, k, v in zip(*(part.unbind(1) for part in blocks.qkv(attn, fed)), strict=True):
+            p = blocks.probabilities(attn, q, k)
+            heads.append(F.dropout(p, attn.attn_drop.p, attn.training) @ v)
+            attention = attention + p
+        x = blocks.add_attention(block, x, blocks.project(attn, torch.stack(heads, dim=1), fed))
+        attention = attention / attn.num_heads
         anchors, others = choose(attention, fed, prefix, self.k, self.m, self.alpha, self.normalise)
         chosen = torch.cat([anchors, others], dim=1).sort(dim=1).values
         ids, anchors = ids.gather(1, chosen), ids.gather(1, anchors)
