@@ -110,8 +110,8 @@ class Anchors(TokenPruner):
             return block(x), ids
         fed, attn = block.norm1(x), block.attn
         heads, attention = [], 0.0
-        # The scores need all of softmax(q kᵀ), so it serves the attention itself, too, instead of the fused kernel. Head
-        # after head: a third faster than all at once, as what one head needs stays in the cache.
+        # The scores need all of softmax(q kᵀ), so it serves the attention itself, too, instead of the fused kernel.
+        # Head after head: a third faster than all at once, as what one head needs stays in the cache.
         for q, k, v in zip(*(part.unbind(1) for part in blocks.qkv(attn, fed)), strict=True):
             p = blocks.probabilities(attn, q, k)
             heads.append(F.dropout(p, attn.attn_drop.p, attn.training) @ v)
