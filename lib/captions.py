@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lib import blocks, plots, runs, train
 from lib.starts import initial
 from lib.towers import SCALE
-from lib.zero_shot import NUMBERS, Clip, class_names, load, needed
+from lib.zero_shot import NUMBERS, Clip, check, class_names, load, needed
 
 MAKING = ("dataset", "arch", "weights", "img_size", "normalise", "epochs", "batch_size", "learning_rate", "seed")
 CAPTIONS = ("a photo of the digit {}", "a handwritten {}", "{}", "an image of {}", "this is the number {}.")
@@ -57,6 +57,7 @@ def model(run: runs.Run) -> Clip:
 
     "captions" trains it in this run, "" finds the finished run that did or makes it.
     """
+    check(run)  # before anything is trained
     params = {name: run.params[name] for name in MAKING}
     name = run.params["model"]
     if name in ("", "captions"):

@@ -106,14 +106,19 @@ def class_names(images: Any) -> list[str]:
     return [name.split(",")[0].replace("_", " ").strip() for name in images.classes]
 
 
+def check(run: runs.Run) -> None:
+    """ParameterError where a prompt of the parameters has not one place for the class."""
+    if faulty := [prompt for prompt in run.params["templates"] if str(prompt).count("{}") != 1]:
+        raise ParameterError(f"templates hold {faulty[0]!r}: expected texts with one {{}} for the class")
+
+
 def start(run: runs.Run, clip: Clip) -> Start:
     """The parameters' dataset as the model is fed it, and the model's visual tower as a classifier of its classes.
 
-    The classes' texts are the parameters' templates, or those known for the dataset. ParameterError: one without {}.
+    The classes' texts are the parameters' templates, or those known for the dataset. ParameterError: see `check`.
     """
+    check(run)
     params = run.params
-    if faulty := [prompt for prompt in params["templates"] if str(prompt).count("{}") != 1]:
-        raise ParameterError(f"templates hold {faulty[0]!r}: expected texts with one {{}} for the class")
     source = {"dataset": runs.resolve(params["dataset"]), "img_size": clip.size, "labels_csv": None}
     images = replace(data.load(**source, root=runs.root() / "data"), mean=clip.mean, std=clip.std)
     prompts = params["templates"] or templates(images.name)

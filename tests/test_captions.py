@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -150,13 +151,14 @@ def test_the_tower_starts_as_the_vit(make_run, tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("values", "fault"),
-    [({"pretrained": "openai"}, "pretrained is 'openai', but the model is made here: leave it out"),
+    [({"templates": ["a {}", "{} {}"]}, "templates hold '{} {}': expected texts with one {} for the class"),
+     ({"pretrained": "openai"}, "pretrained is 'openai', but the model is made here: leave it out"),
      ({"model": "captions", "pretrained": "openai"}, "but the model is made here"),
      ({"model": "ViT-B-32", "pretrained": "openai", "epochs": 3}, "epochs is 3, but the model brings its own"),
      ({"model": "ViT-B-32", "arch": "vit_cifar"}, "arch is 'vit_cifar', but the model brings its own")],
 )  # fmt: skip
-def test_parameters_that_would_do_nothing_are_refused(tmp_path, values, fault):
+def test_parameters_are_refused_before_anything_is_made(tmp_path, values, fault):
     declaration = params.declared_in(runs.root() / "notebooks" / "clip_zeroshot.ipynb")
     checked = params.check(declaration, {"output_dir": str(tmp_path), **values})
-    with pytest.raises(params.ParameterError, match=fault):
+    with pytest.raises(params.ParameterError, match=re.escape(fault)):
         captions.model(runs.Run("clip_zeroshot", declaration, checked))

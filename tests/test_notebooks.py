@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import models, params
+from lib import attention_maps, models, params
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -311,10 +311,10 @@ def test_rsst(folder, dataset):
 
 def test_token_baselines(folder, dense):
     run, result = papermill(
-        "token_baselines", folder, model_path=str(dense), method="evit", keep_ratio=0.5, ceilings=[1.5]
+        *("token_baselines", folder), model_path=str(dense), method="evit", keep_ratio=0.5, ceilings=[1.5], shares=[0.5]
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    metrics = check_run(run, "kept", "ceilings", trained=False)
+    metrics = check_run(run, "kept", "overlap", "ceilings", "settings", trained=False)
     assert metrics["method"] == "evit" and metrics["tokens"] == [
         65,
         34,
@@ -329,6 +329,25 @@ def test_token_baselines(folder, dense):
     assert whole["method"] == "dense" and whole["agreement"] == 1 and whole["top1"] == metrics["dense_top1"]
     assert [row["method"] for row in rows] == ["random", "grid", "topk", "evit", "tome", "anchors"]
     assert all(0.9 * whole["macs_g"] / 1.5 < row["macs_g"] < 1.01 * whole["macs_g"] / 1.5 for row in rows)
+    whole, *rows = metrics["settings"]
+    assert whole["method"] == "dense" and whole["setting"] is None and len(rows) == 5 + 5 + 3 + 2
+    assert {row["tokens"] for row in rows} == {1 + 32} and {row["n"] for row in rows} == {8}, "validation images"
+    assert [row["method"] for row in metrics["foreground"]] == ["random", "grid", "topk", "evit", "anchors"]
+    for row in metrics["foreground"]:
+        assert row["precision_random"] == pytest.approx(6 / 64) and 0 <= row["precision"] <= 1
+        if row["method"] != "evit":  # that keeps a fused token for a patch in some images
+            assert 6 * row["recall"] == pytest.approx(64 * row["recall_random"] * row["precision"])
+
+
+def test_token_baselines_of_bare_weights(folder, dataset, dense):
+    torch.save(models.load(dense).state_dict(), folder / "bare.pth")
+    values = {"model_path": str(folder / "bare.pth"), "dataset": dataset, "ceilings": [], "run_name": "bare"}
+    run, result = papermill("token_baselines", folder, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_run(run, "kept", "overlap", trained=False)
+    assert metrics["dense_top1"] == json.loads((dense / "metrics.json").read_text())["top1"]
+    assert metrics["settings"] == metrics["ceilings"] == [] and models.load(run).keep_ratio == 0.7
+    assert models.origin(run, "baselines.TopK")["data"]["dataset"] == dataset
 
 
 @pytest.mark.parametrize("method", ["tome", "anchors"])
@@ -338,6 +357,45 @@ def test_token_baselines_under_a_ceiling(folder, dense, method):
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0.027 < metrics["macs_g"] < 0.0303 and metrics["ceilings"] == []
+
+
+def test_clip_zeroshot(folder, dataset, dense):
+    """Without a model the notebook trains one on captions, and takes it the next time; whole, and pruned by anchors."""
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    values = {"dataset": dataset, "weights": str(dense), "epochs": 6, "batch_size": 16}
+    more = {"extract_attention": True, "img_idxs": [0, 5, 23], "shares": [0.5], "k_anchors": 8.0, "top_m": 24.0}
+    run, result = papermill("clip_zeroshot", folder, **values, **more)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_run(run, "kept", "settings", trained=False)
+    assert metrics["method"] == "anchors" and metrics["tokens"] == [65, 33, 33, 33, 33, 33]
+    assert metrics["macs_g"] < 0.7 * metrics["dense_macs_g"] and metrics["speedup"] > 0
+    assert len(metrics["settings"]) == 1 + 5 + 5 + 3 + 2 and metrics["dense_top1"] >= 0.5, "it has learnt its captions"
+
+    clip = next(folder.glob("clip_zeroshot/*/clip"))
+    made = check_run(clip.parent, "training")
+    assert made["method"] == "clip" and made["top1"] == metrics["dense_top1"]
+    zero, whole = (json.loads((run / f"{name}.json").read_text()) for name in ("zeroshot", "zeroshot_dense"))
+    assert zero.keys() == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert zero["metrics"] == {"acc1": metrics["top1"], "acc5": None, "mean_per_class_recall": metrics["recall_macro"]}
+    assert zero["task"] == "zeroshot_classification" and zero["dataset"] == "tiny.h5"
+    assert whole == json.loads((clip.parent / "zeroshot.json").read_text()) | {"model": zero["model"]}
+    assert zero["model"] == f"local-dir:{clip}" and whole["metrics"]["acc1"] == metrics["dense_top1"]
+
+    arrays, facts = attention_maps.load(run / "attention.h5")
+    assert arrays["indices"].tolist() == [0, 5, 23] and facts["grid"] == [8, 8] and facts["pruner"]["top_m"] == 24
+    assert [arrays[f"block_0{block}/attention"].shape for block in (0, 1, 5)] == [(3, 3, n, n) for n in (65, 65, 33)]
+    with np.load(run / "test.npz") as saved:
+        np.testing.assert_allclose(arrays["logits"], saved["logits"][[0, 5, 23]], rtol=1e-4, atol=1e-4)
+
+    again, result = papermill(
+        *("clip_zeroshot", folder, ROOT / "notebooks"), **values, enable_pruning=False, shares=[], run_name="whole"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len([*folder.glob("clip_zeroshot/*/clip")]) == 1, "found, not made again"
+    found = check_run(again, trained=False)
+    assert found["method"] == "clip" and found["top1"] == metrics["dense_top1"] and "speedup" not in found
+    assert json.loads((again / "zeroshot.json").read_text()) == whole
+    assert not (again / "attention.h5").exists() and found["settings"] == []
 
 
 def test_eap(folder, dense, acdc):
@@ -470,6 +528,10 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("rsst", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of state 0, from 1 to 1"),
      ("rsst", {"exponents": 3.0}, "exponents is 3.0, but RST_schedule is 'x', which has no exponent: leave it out"),
      ("token_baselines", {"method": "top"}, "did you mean topk?"),
+     ("clip_zeroshot", {"model": "ViT-B-23"}, "did you mean ViT-B-32?"),
+     ("clip_zeroshot", {"model": "ViT-B-32", "pretrained": "openay"}, "'openay' is not a known tag"),
+     ("clip_zeroshot", {"attention_output": "maps.h5"}, "'maps.h5', but extract_attention is off: leave it out"),
+     ("clip_zeroshot", {"templates": ["a photo"]}, "expected texts with one {} for the class"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):
