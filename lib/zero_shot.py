@@ -10,6 +10,7 @@ Source: "Learning Transferable Visual Models From Natural Language Supervision" 
 """
 
 import difflib
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -84,7 +85,9 @@ def load(model: str, pretrained: str = "") -> Clip:
 def needed() -> Any:
     """The module open_clip; ModelError where it is not installed."""
     try:
-        import open_clip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress not found")  # its progress bars want no widgets
+            import open_clip
     except ImportError as error:
         raise models.ModelError("open_clip is not installed: pip install -e '.[clip]'") from error
     return open_clip
