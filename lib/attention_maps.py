@@ -57,12 +57,16 @@ def extract(pruner: TokenPruner, images: Tensor) -> Maps:
     return Maps(attention, tokens, logits)
 
 
-def check(run: runs.Run) -> None:
-    """ParameterError where the run's parameters ask for a file that cannot be written, or for none and yet name it."""
+def check(run: runs.Run, start: Start | None = None) -> None:
+    """ParameterError where the run's parameters ask for a file that cannot be written, or for none and yet name it, or,
+    once there is a start, for images that it does not have."""
     if not run.params["extract_attention"]:
         run.refuse("attention_output", "img_idxs", because="extract_attention is off")
     elif Path(name := run.params["attention_output"]).suffix not in SUFFIXES or Path(name).name != name:
         raise ParameterError(f"attention_output is {name!r}: expected a file's name that ends in {', '.join(SUFFIXES)}")
+    elif start and (beyond := [index for index in run.params["img_idxs"] if index >= len(start.images.test)]):
+        found = f"img_idxs hold {beyond[0]}"
+        raise ParameterError(f"{found}: expected indices below {len(start.images.test)}, the test images")
 
 
 def of_run(run: runs.Run, start: Start, model: nn.Module) -> Path:
@@ -71,9 +75,8 @@ def of_run(run: runs.Run, start: Start, model: nn.Module) -> Path:
     model: what was measured, a pruner of start.vit or start.vit itself. The file also holds the images (B, H, W, 3) as
     the model saw them before normalisation, their labels, and the run's parameters.
     """
+    check(run, start)
     test, chosen, params = start.images.test, np.asarray(run.params["img_idxs"]), run.params
-    if beyond := [index for index in chosen if index >= len(test)]:
-        raise ParameterError(f"img_idxs hold {beyond[0]}: expected indices below {len(test)}, the test images")
     pruner = model if isinstance(model, TokenPruner) else TokenPruner(model)
     images = np.stack([test.images[index] for index in chosen])
     x = evaluate.inputs(images, start.images).to(next(pruner.parameters()).device)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class NotCovered(ValueError):
+    """A model whose multiply-adds the closed form does not give."""
+
+
 def macs(model: nn.Module, images_or_shape: Tensor | Sequence[int]) -> dict[str, float]:
     """Multiply-accumulates of one image, in units of 1e9 (`macs_g`), and parameters in 1e6 (`params_m`).
 
@@ -89,15 +93,15 @@ def closed_form_macs(
     """`vit_macs` with the numbers read off a timm VisionTransformer, whole or with heads and neurons removed.
 
     tokens, mlp_tokens: of every block, as `vit_macs` takes them; None is all of them in every block.
-    ValueError: attention pooling or a gated MLP, which the closed form does not cover.
+    NotCovered: attention pooling or a gated MLP.
     """
     if getattr(vit, "attn_pool", None) is not None:
-        raise ValueError(f"{type(vit).__name__} pools by attention: the closed form does not cover that")
+        raise NotCovered(f"{type(vit).__name__} pools by attention: the closed form does not cover that")
     last = lambda mlp: getattr(mlp, "fc2", getattr(mlp, "c_proj", None))  # noqa: E731  (timm's name, and open_clip's)
     sublayers = [(getattr(block.attn, "proj", None), last(block.mlp)) for block in vit.blocks]
     for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
         if hasattr(block.mlp, "fc1") and block.mlp.fc1.out_features != fc2.in_features:
-            raise ValueError(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
+            raise NotCovered(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(
         tokens=[patches + vit.num_prefix_tokens] * len(vit.blocks) if tokens is None else tokens,

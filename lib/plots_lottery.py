@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
-from matplotlib.colors import BoundaryNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -130,5 +131,8 @@ def driven_out(rows: Sequence[dict[str, Any]], file: Path, bound: float) -> Figu
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(rows) <= 9:
         above.legend(fontsize=8)
+    else:
+        colours = ScalarMappable(Normalize(0, len(rows) - 1), "viridis")
+        figure.colorbar(colours, ax=[above, below], label="state", ticks=MaxNLocator(integer=True, nbins=10))
     sns.despine(figure)
     return figure

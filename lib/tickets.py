@@ -15,11 +15,11 @@ T is `pruning_times`: state 0 trains the whole model, and each of the T prunings
 import copy
 import hashlib
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,8 @@ def _check(run: runs.Run) -> None:
         run.refuse("RST_schedule", "exponents", because="reg_granularity_prune is 0: nothing is regularised")
     elif "exp_custom" not in rules["RST_schedule"]:
         run.refuse("exponents", because=f"RST_schedule is {rules['RST_schedule']!r}, which has no exponent")
+    if rules["criteria"] not in lottery.LOOKS:
+        run.refuse("analysis_batches", because=f"criteria {rules['criteria']!r} looks at no images")
     if rules["rewind"] != "rewind_lt":
         run.refuse("rewind_epoch", because=f"rewind is {rules['rewind']!r}")
     fault = None
@@ -117,8 +119,17 @@ class _Tickets:
         return [sum(map(len, plan.heads if kind == "head" else plan.neurons)) for plan in plans]
 
     def forecast(self) -> str:
-        """What the rate means for this model: with three heads in a block it allows three outcomes."""
-        counts = [f"{kind}s: {', '.join(map(str, self._counts(kind)))}" for kind in self.kinds]
+        """What the rate means for this model: with three heads in a block it allows three outcomes.
+
+        Warns of states that remove nothing: they train once more what was there.
+        """
+        left = [self._counts(kind) for kind in self.kinds]
+        idle = [state for state, (before, now) in enumerate(pairwise(zip(*left, strict=True)), 1) if before == now]
+        if idle:
+            shown = f"states {', '.join(map(str, idle[:9]))}{', …' if len(idle) > 9 else ''}"
+            hint = "try sorting_mode global, or a higher rate"
+            warnings.warn(f"{shown} remove nothing at a rate of {self.rules['rate']}: {hint}", stacklevel=3)
+        counts = [f"{kind}s: {', '.join(map(str, each))}" for kind, each in zip(self.kinds, left, strict=True)]
         return "; ".join([f"density by state: {', '.join(f'{density:.3g}' for density in self.densities)}", *counts])
 
     # ---- a state ------------------------------------------------------------------------------------------------
@@ -284,9 +295,9 @@ class _Tickets:
         return digest
 
     def _warn(self, row: dict[str, Any]) -> None:
-        if row["norm_ratio"] is None or row["norm_ratio"] > DRIVEN_OUT:
+        if row["norm_ratio"] is not None and row["norm_ratio"] > DRIVEN_OUT:
             warnings.warn(
-                f"state {row['state']}: what is cut still has {row['norm_ratio'] or math.inf:.1e} of the norm of what "
+                f"state {row['state']}: what is cut still has {row['norm_ratio']:.1e} of the norm of what "
                 f"stays, expected below {DRIVEN_OUT:g}: raise reg_granularity_prune, learning_rate or epochs (the sum "
                 "of learning rate · λ should be about 7, a tenth of that with momentum 0.9)",
                 stacklevel=3,

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lib import evaluate, models
+from lib.blocks import UnsupportedBlock
+from lib.costs import NotCovered
 from lib.pruners import baselines
 from lib.pruners.anchors import Anchors
-from lib.pruners.dropping import FirstTokens, reaching
+from lib.pruners.dropping import FirstTokens, Unreachable, reaching
 from lib.pruners.tokens import TokenPruner
 from lib.runs import Run
 from lib.starts import Start
@@ -24,7 +26,8 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     """The method that the parameters of token_baselines.ipynb describe, or another `method` with its settings.
 
     macs_g: instead of keep_ratio, r or top_m, the mildest strength of at most so many GMACs per image; None takes
-    rules["macs_g"], where 0 is no such ceiling. ValueError: a ceiling that the method cannot reach.
+    rules["macs_g"], where 0 is no such ceiling. Unreachable: a ceiling that the method cannot reach; ValueError:
+    settings that do not fit the model.
     """
     method, blocks = method or rules["method"], rules.get("blocks") or None
     macs_g = rules["macs_g"] if macs_g is None else macs_g
@@ -51,8 +54,33 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     return reaching(make, macs_g, 1.0)
 
 
+def check(run: Run) -> None:
+    """ParameterError where token_baselines.ipynb was given a setting that its method does not take."""
+    method, free = run.params["method"], set()
+    if method in baselines.DROPPING:
+        free = {"blocks", "seed"} if method == "random" else {"blocks"}
+    strength = {"tome": {"r"}, "anchors": {"k_anchors", "top_m"}}.get(method, {"keep_ratio"})
+    if method == "anchors" or run.params["ceilings"] or run.params["shares"]:  # all methods take part, or anchors do
+        free |= {"alpha", "start_block", "normalise_scores", "k_anchors", "top_m"}
+    if run.params["ceilings"]:
+        free |= {"blocks", "seed"}
+    if not run.params["macs_g"]:
+        free |= strength
+    others = {"keep_ratio", "r", "blocks", "seed", "k_anchors", "top_m", "alpha", "start_block", "normalise_scores"}
+    for name in sorted(others - free):
+        ceiling = name in strength and run.params["macs_g"]
+        run.refuse(name, because="macs_g says how strong" if ceiling else f"method is {method!r}")
+
+
+def check_anchors(run: Run) -> None:
+    """ParameterError where clip_zeroshot.ipynb was given settings of anchors that nothing uses."""
+    if not run.params["enable_pruning"] and not run.params["shares"]:
+        run.refuse("k_anchors", "top_m", "alpha", "start_block", "normalise_scores",
+                   because="enable_pruning is off and nothing is varied")  # fmt: skip
+
+
 def _number(value: float) -> int | float:
-    return int(value) if value >= 1 else value
+    return int(value) if value == int(value) else value
 
 
 def measure(run: Run, start: Start, pruner: nn.Module, latency_batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,11 +139,10 @@ def scan(start: Start, rules: Mapping[str, Any], ceilings: Sequence[float], late
 
     Columns besides: method, ceiling, speedup (measured in turns with dense, whose speed is 1).
     """
-    whole, batch = evaluate.macs(start.vit, evaluate.image_shape(start.images))["macs_g"], None
-    rows = []
+    whole = evaluate.macs(start.vit, evaluate.image_shape(start.images))["macs_g"]
+    batch, rows = evaluate.batch(start.images, latency_batch), []
     for ceiling in ceilings:
         found = peers(start.vit, rules, whole / ceiling)
-        batch = evaluate.batch(start.images, latency_batch) if batch is None else batch
         arms = {"dense": start.vit, **{name: each.eval() for name, each in found.items()}}
         speed = evaluate.latency(arms, batch, repeats=15, device=evaluate.device()).set_index("model").speedup
         rows += [({"method": name, "ceiling": ceiling, "speedup": round(float(speed[name]), 3)}, each)
@@ -129,7 +156,7 @@ def peers(vit: nn.Module, rules: Mapping[str, Any], macs_g: float) -> dict[str, 
     for method in METHODS:
         try:
             found[method] = build(vit, rules, method, macs_g)
-        except ValueError as error:
+        except (Unreachable, NotCovered, UnsupportedBlock) as error:
             print(f"left out {method}: {error}")
     return found
 

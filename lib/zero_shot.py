@@ -10,14 +10,18 @@ Source: "Learning Transferable Visual Models From Natural Language Supervision" 
 """
 
 import difflib
+import string
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from timm.data import ImageNetInfo
 from torch import nn
 
-from lib import data, models, runs
+from lib import data, evaluate, models, runs
 from lib.params import ParameterError
+from lib.pruners.tokens import TokenPruner
 from lib.starts import Start
 from lib.towers import Tower
 
@@ -46,7 +50,8 @@ class Clip(NamedTuple):
 def load(model: str, pretrained: str = "") -> Clip:
     """A model of open_clip: its name and a tag or file of weights, or `hf-hub:…` or `local-dir:folder` alone.
 
-    Weights that were trained with QuickGELU get it, whatever the name says. ModelError, one line: an unknown name or
+    Weights of a tag that were trained with QuickGELU get it, whatever the name says; of a file nobody knows, which is
+    warned of. ModelError, one line: an unknown name or
     tag, weights that cannot be fetched, no weights at all, or images prepared in another way than lib.data does.
     """
     open_clip = needed()
@@ -73,6 +78,12 @@ def load(model: str, pretrained: str = "") -> Clip:
     except Exception as error:  # open_clip and the hub raise a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise models.ModelError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
+    tags = open_clip.list_pretrained_tags_by_model(model) if file and Path(file).is_file() else []
+    if not config.get("quick_gelu") and any(
+        open_clip.get_pretrained_cfg(model, each).get("quick_gelu") for each in tags
+    ):
+        warnings.warn(f"{pretrained}: if these weights were trained with QuickGELU, as OpenAI's were, name the model "
+                      f"{model}-quickgelu", stacklevel=2)  # fmt: skip
     fed = clip.visual.preprocess_cfg
     size = fed["size"] if isinstance(fed["size"], int) else fed["size"][0]
     if (fed["size"] not in (size, (size, size), [size, size])) or fed["resize_mode"] != "shortest":
@@ -103,7 +114,11 @@ def templates(dataset: str) -> list[str]:
 
 
 def class_names(images: Any) -> list[str]:
-    """The classes as words: digits spelled out, the first of several names, no underscores."""
+    """The classes as words: digits spelled out, open_clip's names for ImageNet-1k's classes, of others the first of
+    several names, without underscores."""
+    synsets = ImageNetInfo("imagenet-1k").label_names()
+    if {*images.class_ids} <= {*synsets}:
+        return [needed().IMAGENET_CLASSNAMES[synsets.index(wnid)] for wnid in images.class_ids]
     if images.classes == [str(n) for n in range(10)]:
         return list(NUMBERS)
     return [name.split(",")[0].replace("_", " ").strip() for name in images.classes]
@@ -111,8 +126,16 @@ def class_names(images: Any) -> list[str]:
 
 def check(run: runs.Run) -> None:
     """ParameterError where a prompt of the parameters has not one place for the class."""
-    if faulty := [prompt for prompt in run.params["templates"] if str(prompt).count("{}") != 1]:
+    if faulty := [prompt for prompt in run.params["templates"] if not _fits(str(prompt))]:
         raise ParameterError(f"templates hold {faulty[0]!r}: expected texts with one {{}} for the class")
+
+
+def _fits(prompt: str) -> bool:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
+    except ValueError:  # a single brace
+        return False
+    return fields == [""]
 
 
 def start(run: runs.Run, clip: Clip) -> Start:
@@ -125,16 +148,28 @@ def start(run: runs.Run, clip: Clip) -> Start:
     source = {"dataset": runs.resolve(params["dataset"]), "img_size": clip.size, "labels_csv": None}
     images = replace(data.load(**source, root=runs.root() / "data"), mean=clip.mean, std=clip.std)
     prompts = params["templates"] or templates(images.name)
-    weights = needed().build_zero_shot_classifier(clip.model, clip.tokenizer, class_names(images), prompts)
+    where = evaluate.device()
+    weights = (
+        needed()
+        .build_zero_shot_classifier(
+            clip.model.to(where), clip.tokenizer, class_names(images), prompts, device=where, use_tqdm=True
+        )
+        .cpu()
+    )
+    clip.model.cpu()
     config = {name: clip.config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu")}
     about = {"data": source, "normalise": "data", "classes": images.classes, "mean": clip.mean, "std": clip.std}
     return Start("", Tower(clip.model.visual, weights.contiguous(), config).eval(), images, about)
 
 
-def report(scores: dict[str, Any], start: Start, clip: Clip) -> dict[str, Any]:
-    """The scores of evaluate.test as CLIP_benchmark writes its results; acc5 is None for fewer than five classes."""
+def report(scores: dict[str, Any], start: Start, clip: Clip, model: nn.Module | None = None) -> dict[str, Any]:
+    """The scores of evaluate.test as CLIP_benchmark writes its results; acc5 is None for fewer than five classes.
+
+    model: what was measured; of a pruner of start.vit its settings are added as `pruning`.
+    """
     recalls = [share for share in scores["per_class_accuracy"].values() if share is not None]  # of classes with images
     recall = sum(recalls) / len(recalls)
     metrics = {"acc1": scores["top1"], "acc5": scores.get("top5"), "mean_per_class_recall": recall}
     task = {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
-    return {"dataset": start.images.name, "model": clip.name, "pretrained": clip.pretrained} | task
+    found = {"dataset": start.images.name, "model": clip.name, "pretrained": clip.pretrained} | task
+    return found | ({"pruning": model.arguments} if isinstance(model, TokenPruner) else {})

@@ -6,6 +6,7 @@ queries, softmax(q_cls Kᵀ / √d), mean over heads, beside it.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,7 +36,11 @@ class Dropping(TokenPruner):
     def __init__(self, vit: nn.Module, keep_ratio: float | Sequence[float] = 0.7, blocks: Sequence[int] | None = None):
         super().__init__(vit)
         depth = len(self.vit.blocks)
-        blocks = sorted({depth * i // 4 for i in (1, 2, 3)}) if blocks is None else list(blocks)
+        if blocks is None:  # where heads are left, from each quarter on
+            there = [index for index, block in enumerate(self.vit.blocks) if block.attn.num_heads]
+            blocks = sorted({next((index for index in there if index >= depth * i // 4), there[-1]) for i in (1, 2, 3)})
+        else:
+            blocks = list(blocks)
         ratios = list(keep_ratio) if isinstance(keep_ratio, Sequence) else [keep_ratio] * len(blocks)
         if len(ratios) != len(blocks):
             raise ValueError(
@@ -44,7 +49,9 @@ class Dropping(TokenPruner):
         if len({*blocks}) != len(blocks) or not {*blocks} <= {*range(depth)}:
             raise ValueError(f"blocks are {blocks}: expected distinct indices below {depth}")
         if headless := [index for index in blocks if not self.vit.blocks[index].attn.num_heads]:
-            raise ValueError(f"block {headless[0]} has no head left to score by: expected other blocks than {blocks}")
+            raise ValueError(
+                f"block {headless[0]} has no head left, and nothing leaves there: expected others than {blocks}"
+            )
         self.keep_ratio, self.blocks = keep_ratio, blocks
         self.schedule = dict(zip(blocks, ratios, strict=True))
         self.counts()  # refuses ratios outside (0, 1]
@@ -119,17 +126,23 @@ def predicted_macs(pruner: TokenPruner) -> float:
     return costs.closed_form_macs(pruner.vit, attention, mlp) / 1e9
 
 
+class Unreachable(ValueError):
+    """A ceiling of multiply-adds under which a method cannot come."""
+
+
 def reaching(make: Callable[[float], TokenPruner], macs_g: float, most: float) -> TokenPruner:
     """The mildest `make(strength)` of at most macs_g GMACs per image (`predicted_macs`), by bisection over [0, most].
 
-    make: builds a method that costs less, or as much, the stronger. ValueError where even the strongest costs more.
+    make: builds a method that costs less, or as much, the stronger. Unreachable where even the strongest costs more.
     """
-    if (found := predicted_macs(make(most))) > macs_g:
-        raise ValueError(f"macs_g is {macs_g:g}: this method needs at least {found:.3f} GMACs")
-    low, high = 0.0, most
-    if predicted_macs(make(low)) <= macs_g:
-        return make(low)
-    while high - low > 1e-4 * most:
-        middle = (low + high) / 2
-        low, high = (low, middle) if predicted_macs(make(middle)) <= macs_g else (middle, high)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at strength 0 nothing is pruned, as is meant
+        if (found := predicted_macs(make(most))) > macs_g:
+            raise Unreachable(f"macs_g is {macs_g:g}: this method needs at least {found:.3f} GMACs")
+        low, high = 0.0, most
+        if predicted_macs(make(low)) <= macs_g:
+            return make(low)
+        while high - low > 1e-4 * most:
+            middle = (low + high) / 2
+            low, high = (low, middle) if predicted_macs(make(middle)) <= macs_g else (middle, high)
     return make(high)
