@@ -317,9 +317,10 @@ def test_runs_on_pruned_models(name):
     vit = remove(make("vit"), Plan(heads=[[0, 2], [], [1]], neurons=[[0, 1, 5], None, []]))
     x = images(vit)
     torch.testing.assert_close(DROPPING[name](vit, 1.0, [0, 2])(x), vit(x), **CLOSE)
-    with pytest.raises(ValueError, match="^block 1 has no head left to score by: expected other blocks"):
-        DROPPING[name](vit, 0.5)
-    pruner = DROPPING[name](vit, 0.5, [0, 2])
+    with pytest.raises(ValueError, match=r"^block 1 has no head left: expected blocks that have, found \[0, 1\]$"):
+        DROPPING[name](vit, 0.5, [0, 1])
+    pruner = DROPPING[name](vit, 0.5)
+    assert pruner.blocks == [0, 2]  # by default, where heads are left
     assert [len(rows[0]) for rows in pruner.trace(x).kept] == [8, 8, 5 if name == "evit" else 4]
     assert pruner.counts()[1] == ([10, 10, 7] if name == "evit" else [9, 9, 5])
 

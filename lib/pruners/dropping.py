@@ -27,7 +27,8 @@ class Dropping(TokenPruner):
     """Drops patches between attention and MLP of some blocks. A method overrides `select`.
 
     keep_ratio: share of the running patches that stay, in (0, 1], rounded up; one for all `blocks` or one for each.
-    blocks: indices of the blocks that drop; None is a quarter, half and three quarters of the depth.
+    blocks: indices of the blocks that drop; None is a quarter, half and three quarters of the depth, or the next block
+        after each that has heads left.
     """
 
     looks = True  # whether `select` wants the class token's attention
@@ -38,7 +39,7 @@ class Dropping(TokenPruner):
         depth = len(self.vit.blocks)
         if blocks is None:  # where heads are left, from each quarter on
             there = [index for index, block in enumerate(self.vit.blocks) if block.attn.num_heads]
-            blocks = sorted({next((index for index in there if index >= depth * i // 4), there[-1]) for i in (1, 2, 3)})
+            blocks = sorted({min([i for i in there if i >= depth * k // 4] or there[-1:]) for k in (1, 2, 3) if there})
         else:
             blocks = list(blocks)
         ratios = list(keep_ratio) if isinstance(keep_ratio, Sequence) else [keep_ratio] * len(blocks)
@@ -49,9 +50,7 @@ class Dropping(TokenPruner):
         if len({*blocks}) != len(blocks) or not {*blocks} <= {*range(depth)}:
             raise ValueError(f"blocks are {blocks}: expected distinct indices below {depth}")
         if headless := [index for index in blocks if not self.vit.blocks[index].attn.num_heads]:
-            raise ValueError(
-                f"block {headless[0]} has no head left, and nothing leaves there: expected others than {blocks}"
-            )
+            raise ValueError(f"block {headless[0]} has no head left: expected blocks that have, found {blocks}")
         self.keep_ratio, self.blocks = keep_ratio, blocks
         self.schedule = dict(zip(blocks, ratios, strict=True))
         self.counts()  # refuses ratios outside (0, 1]
