@@ -374,14 +374,15 @@ def test_clip_zeroshot(folder, dataset, dense):
     clip = next(folder.glob("clip_zeroshot/*/clip"))
     made = check_run(clip.parent, "training")
     assert made["method"] == "clip" and made["top1"] == metrics["dense_top1"]
+    arrays, facts = attention_maps.load(run / "attention.h5")
     zero, whole = (json.loads((run / f"{name}.json").read_text()) for name in ("zeroshot", "zeroshot_dense"))
-    assert zero.keys() == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert whole.keys() == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert zero.keys() == {*whole, "pruning"} and zero["pruning"] == facts["pruner"]
     assert zero["metrics"] == {"acc1": metrics["top1"], "acc5": None, "mean_per_class_recall": metrics["recall_macro"]}
     assert zero["task"] == "zeroshot_classification" and zero["dataset"] == "tiny.h5"
     assert whole == json.loads((clip.parent / "zeroshot.json").read_text()) | {"model": zero["model"]}
     assert zero["model"] == f"local-dir:{clip}" and whole["metrics"]["acc1"] == metrics["dense_top1"]
 
-    arrays, facts = attention_maps.load(run / "attention.h5")
     assert arrays["indices"].tolist() == [0, 5, 23] and facts["grid"] == [8, 8] and facts["pruner"]["top_m"] == 24
     assert [arrays[f"block_0{block}/attention"].shape for block in (0, 1, 5)] == [(3, 3, n, n) for n in (65, 65, 33)]
     with np.load(run / "test.npz") as saved:
