@@ -137,7 +137,7 @@ def reaching(make: Callable[[float], TokenPruner], macs_g: float, most: float) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at strength 0 nothing is pruned, as is meant
         if (found := predicted_macs(make(most))) > macs_g:
-            raise Unreachable(f"macs_g is {macs_g:g}: this method needs at least {found:.3f} GMACs")
+            raise Unreachable(f"macs_g is {macs_g:g}: this method needs at least {found:.3g} GMACs")
         low, high = 0.0, most
         if predicted_macs(make(low)) <= macs_g:
             return make(low)
