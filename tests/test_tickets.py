@@ -522,6 +522,18 @@ def test_what_the_rate_means_for_this_model_is_said(tmp_path, tiny, capsys):
     assert "density by state: 1, 0.7\n" in capsys.readouterr().out
 
 
+def test_states_that_remove_nothing_are_warned_of(tmp_path, tiny):
+    run = opened(tmp_path, "refill", {"rate": 0.2, "pruning_times": 3})  # of 4 heads in a block 3, 2, 2
+    made = tickets._Tickets(run, starts.Start("", initial("vit_digits"), tiny, {}), recipe(run), True)
+    with pytest.warns(UserWarning, match=r"^states 3 remove nothing at a rate of 0\.2: try sorting_mode global"):
+        assert made.forecast().endswith("heads: 8, 6, 4, 4")
+    run.params["sorting_mode"] = "global"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made.forecast().endswith("heads: 8, 6, 5, 4")
+    run.close()
+
+
 # ---- stopped and started again --------------------------------------------------------------------------------------
 
 
@@ -662,6 +674,7 @@ SINGLE = {"vit_structured": False}
     ("rsst", {"reg_granularity_prune": 0.0, "RST_schedule": "x^2"}, "RST_schedule is 'x^2', but reg_granularity_prune"),
     ("rsst", {"exponents": 2.0}, "exponents is 2.0, but RST_schedule is 'x', which has no exponent"),
     ("rsst", {"exponents": 2.0, "RST_schedule": "exp"}, "RST_schedule is 'exp', which has no exponent"),
+    ("rsst", {"analysis_batches": 9}, "analysis_batches is 9, but criteria 'remain' looks at no images"),
     ("rsst", {"rewind_epoch": 1}, "rewind_epoch is 1, but rewind is 'lt'"),
     ("rsst", {"rewind_epoch": 1, "rewind": "finetune"}, "rewind_epoch is 1, but rewind is 'finetune'"),
     ("refill", {"rewind": "rewind_lt"}, "rewind_epoch is 0: expected an epoch of state 0, from 1 to 2"),
@@ -683,7 +696,8 @@ def test_parameters_that_would_do_nothing_are_one_clear_line(tmp_path, tiny, not
 
 
 @pytest.mark.parametrize("values", [{"RST_schedule": "exp_custom", "exponents": 2.0}, SINGLE | {"criteria": "remain"},
-                                    {"rewind": "rewind_lt", "rewind_epoch": 2}])  # fmt: skip
+                                    {"rewind": "rewind_lt", "rewind_epoch": 2},
+                                    {"criteria": "l1", "analysis_batches": 9}])  # fmt: skip
 def test_parameters_that_do_something_are_not_refused(tmp_path, values):
     run = opened(tmp_path, "rsst", values)
     tickets._check(run)

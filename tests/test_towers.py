@@ -84,6 +84,17 @@ def tokens(batch=2, number=9):
     return torch.randn(batch, number, 48, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
+@every_tower
+def test_tokens_that_are_equal_merge_without_a_trace(name):
+    visual = make(name)
+    with torch.no_grad():
+        visual.positional_embedding[1:] = visual.positional_embedding[1]
+    x = torch.full((1, 3, 64, 64), 0.7, dtype=torch.float64)
+    pruner = ToMe(visual, [5, 3, 2])
+    assert [len(ids.unique()) for ids in pruner.sources(x)] == [11, 8, 6]
+    torch.testing.assert_close(pruner(x), features(visual, x), **CLOSE)
+
+
 @both_layouts
 @every_tower
 def test_steps_of_a_block_are_the_block(name, batch_first):

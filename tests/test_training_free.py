@@ -1,14 +1,16 @@
 """Token methods on a trained model as it is: equal ceilings, one setting at a time, and comparisons by hand."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
-from lib import evaluate, models, training_free
+from lib import evaluate, models, params, runs, training_free
 from lib.evaluate import Predictions
 from lib.pruners.anchors import Anchors
 from lib.pruners.baselines import EViT, TopK
@@ -52,6 +54,42 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
     assert type(pruner).__name__ == kind and pruner.arguments == arguments and pruner.vit is start.vit
     if kind == "Anchors":
         assert type(pruner.k_anchors) is int
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [({"method": "tome", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'tome'"),
+     ({"r": 3}, "r is 3, but method is 'topk'"),
+     ({"keep_ratio": 0.3, "macs_g": 0.1}, "keep_ratio is 0.3, but macs_g says how strong"),
+     ({"method": "tome", "blocks": [2], "ceilings": []}, "blocks is [2], but method is 'tome'"),
+     ({"seed": 1, "ceilings": []}, "seed is 1, but method is 'topk'"),
+     ({"alpha": 0.1, "ceilings": []}, "alpha is 0.1, but method is 'topk'"),
+     ({"method": "anchors", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'anchors'"),
+     ({"method": "anchors", "alpha": 0.1, "top_m": 3, "ceilings": []}, ""),
+     ({"method": "random", "seed": 1, "blocks": [1], "ceilings": []}, ""),
+     ({"method": "tome", "r": 3, "ceilings": []}, ""),
+     ({"method": "tome", "alpha": 0.1, "blocks": [2], "seed": 1}, ""),  # all methods are shown at ceilings
+     ({"alpha": 0.1, "ceilings": [], "shares": [0.5]}, "")],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(tmp_path, values, fault):
+    declaration = params.declared_in(Path(training_free.__file__).parents[1] / "notebooks" / "token_baselines.ipynb")
+    values = params.check(declaration, {"output_dir": str(tmp_path), "run_name": "run", **values})
+    run = runs.Run("token_baselines", declaration, values)
+    if fault:
+        with pytest.raises(params.ParameterError, match=f"^{re.escape(fault)}: leave it out$"):
+            training_free.check(run)
+    else:
+        training_free.check(run)
+    run.close()
+
+
+def test_peers_hide_no_faults(start, capsys):
+    with pytest.raises(ValueError, match="start_block is 40"):
+        training_free.peers(start.vit, RULES | {"start_block": 40}, 1.0)
+    bare = models.create("vit_digits", 3, **TINY, class_token=False, global_pool="avg").eval()
+    found = training_free.peers(bare, RULES, 1.0)
+    assert [*found] == ["random", "grid", "topk", "evit", "tome"]
+    assert capsys.readouterr().out.startswith("left out anchors: ")
 
 
 @quiet

@@ -105,7 +105,7 @@ def test_class_weights_are_normalised_means_of_normalised_prompts(load, start):
     assert (weights[:, 0] - weights[:, 1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("faulty", ["a photo", "{} and {}"])
+@pytest.mark.parametrize("faulty", ["a photo", "{} and {}", "a {x} {}", "a {} {"])
 def test_prompts_without_one_place_for_the_class_are_refused(load, start, faulty):
     with pytest.raises(ParameterError, match=r"^templates hold '.*': expected texts with one \{\} for the class$"):
         start(load(), templates=["a {}", faulty])
@@ -234,6 +234,18 @@ def test_weights_that_were_trained_with_quickgelu_get_it(load, tmp_path, monkeyp
     wanted = open_clip.transformer.QuickGELU if quick else torch.nn.GELU
     assert all(type(block.mlp.gelu) is wanted for block in clip.model.visual.transformer.resblocks)
     assert clip.config["quick_gelu"] is quick and clip.mean == (0, 0, 1)
+
+
+def test_weights_of_a_file_may_want_quickgelu(load, tmp_path, monkeypatch):
+    load()
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", {"openai": {"quick_gelu": True}})
+    with pytest.warns(UserWarning, match="if these weights were trained with QuickGELU.* name the model tiny-clip-qui"):
+        zero_shot.load("tiny-clip", str(tmp_path / "weights.pt"))
+
+
+def test_classes_of_imagenet_have_the_names_of_open_clip():
+    images = SimpleNamespace(class_ids=["n03126707", "n02012849"], classes=["crane", "crane"])  # a machine and a bird
+    assert zero_shot.class_names(images) == ["construction crane", "crane bird"]
 
 
 @pytest.mark.parametrize(
