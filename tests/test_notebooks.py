@@ -263,7 +263,7 @@ def test_acdc_screened_and_not_tuned(folder, dense):
     assert metrics["top1"] == metrics["oneshot_top1"]
 
 
-LOTTERY = {"weights": "", "rate": 0.34, "pruning_times": 2, "analysis_batches": 1, **TINY}
+LOTTERY = {"weights": "", "rate": 0.34, "pruning_times": 2, **TINY}
 
 
 def check_states(run: Path, *figures: str) -> list[dict]:
@@ -278,7 +278,8 @@ def check_states(run: Path, *figures: str) -> list[dict]:
 
 
 def test_refill(folder, dataset):
-    run, result = papermill("refill", folder, dataset=dataset, prune_target="both", criteria="saliency", **LOTTERY)
+    values = {"dataset": dataset, "prune_target": "both", "criteria": "saliency", "analysis_batches": 1}
+    run, result = papermill("refill", folder, **values, **LOTTERY)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = check_states(run, "alive")
     assert [row["heads_kept"] for row in rows] == pytest.approx([1, 1 / 3, 1 / 3])  # 0.66 of 3 heads are 1.98
