@@ -184,16 +184,24 @@ def patch_grid(shown: Mapping[str, nn.Module]) -> tuple[int, int]:
 
 
 def kept(shown: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, list[torch.Tensor]]:
-    """Per token pruner that drops anything, the patches of each image (n, H, W, 3) that stayed to its end.
+    """Per token pruner that drops anything, the patches of each image (n, H, W, 3) that stayed to its end; what merges
+    drops nothing, see `merged`.
 
     Its end is the last block that kept any of its patches: with A-ViT an image may leave before the last block.
     """
     x = evaluate.inputs(images, data)
     patches, found = int(np.prod(patch_grid(shown))), {}
     for name, model in shown.items():
-        if isinstance(model, TokenPruner):
+        if isinstance(model, TokenPruner) and not hasattr(model, "sources"):
             kept = model.trace(x.to(next(model.parameters()).device)).kept
             stayed = [next(ids.cpu() for ids in reversed(each) if len(ids)) for each in zip(*kept, strict=True)]
             if any(len(ids) < patches for ids in stayed):
                 found[name] = stayed
     return found
+
+
+def merged(shown: Mapping[str, nn.Module], images: np.ndarray, data: Any) -> dict[str, torch.Tensor]:
+    """Per token pruner that merges patches, for each patch (n, P) the one by whose token it goes in the last block."""
+    x = evaluate.inputs(images, data)
+    return {name: model.sources(x.to(next(model.parameters()).device))[-1].cpu()
+            for name, model in shown.items() if hasattr(model, "sources")}  # fmt: skip

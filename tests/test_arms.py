@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from test_compare import run as finished
 
 from lib import arms, compare, data, evaluate, models, params, runs
+from lib.pruners.baselines import ToMe
 from lib.pruners.tokens import FixedPatches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +206,15 @@ def test_only_token_pruners_must_share_a_patch_grid(images):
     assert {name: [ids.tolist() for ids in sets] for name, sets in found.items()} == {"fine": [[0, 5]] * 3}
     with pytest.raises(compare.CompareError, match="different grids"):
         arms.patch_grid({"coarse": coarse, "fine": fine})
+
+
+def test_what_merges_is_shown_merged_and_not_as_dropped(images):
+    shown = {"dense": tiny(), "fixed": FixedPatches(tiny(), [0, 5]), "tome": ToMe(tiny(), [3, 2])}
+    chosen = images.test.images[:2]
+    assert [*arms.kept(shown, chosen, images)] == ["fixed"]
+    found = arms.merged(shown, chosen, images)
+    assert [*found] == ["tome"] and found["tome"].shape == (2, 16)
+    assert [len(row.unique()) for row in found["tome"]] == [11, 11]
 
 
 def test_resnets_take_part_but_not_under_other_pixel_statistics(take, images, tiny_h5, tmp_path):

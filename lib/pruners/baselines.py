@@ -212,9 +212,8 @@ class ToMe(TokenPruner):
         for block, r in zip(self.vit.blocks, self.rs, strict=True):
             x, ids, size, sources = self.checkpointed(self._step, block, r, x, ids, size, sources)
             record.append((ids, sources))
-        if (
-            self.vit.attn_pool is not None or self.vit.global_pool != "token"
-        ):  # what pools over patches takes a merged one as often as it stands for some
+        # what pools over patches takes a merged one as often as it stands for some
+        if self.vit.attn_pool is not None or self.vit.global_pool != "token":
             place = torch.zeros_like(sources).scatter(
                 1, ids, torch.arange(ids.shape[1], device=x.device).expand_as(ids)
             )
