@@ -11,7 +11,7 @@ from families import FAMILIES, by_onnx, images, make
 from torch import nn
 
 from lib import evaluate, models
-from lib.pruners.baselines import ToMe, merge
+from lib.pruners.baselines import ToMe, follow, merge
 from lib.pruners.dropping import predicted_macs, reaching
 from lib.pruners.surgery import Plan, remove
 from lib.pruners.tokens import FixedPatches
@@ -110,6 +110,18 @@ def test_logits_and_tokens_are_the_papers(family, r):
         assert any(len(patches) > 2 for rows in groups[1:] for tokens in rows for _, patches in tokens), "merged again"
 
 
+@pytest.mark.parametrize("family", ["vit", "no class token"])
+def test_gradients_are_the_papers(family):
+    vit = make(family)
+    x = images(vit)
+    found, expected = (
+        torch.autograd.grad((logits * logits.detach().cos()).sum(), [*vit.parameters()])
+        for logits in (ToMe(vit, 5)(x), reference(vit, x, 5)[0])
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
 def test_deeper_models_merge_on():
     vit = make("vit", depth=6, img_size=96)
     x = images(vit, 2)
@@ -142,7 +154,8 @@ def test_merge_adds_sizes_and_keeps_the_mean(first):
     size, total = torch.ones_like(ids, dtype=torch.float64), x.sum(dim=1)
     for r in (10, 3, 4):
         number = x.shape[1]
-        x, ids, size, sources = merge(x, keys[:, :number], r, first, ids, size, sources)
+        x, size, *moves = merge(x, keys[:, :number].clone(), r, first, size)
+        ids, sources = follow(ids, sources, *moves)
         assert x.shape[1] == ids.shape[1] == size.shape[1] == number - r
         assert (size.sum(dim=1) == 21).all()
         torch.testing.assert_close((x * size[..., None]).sum(dim=1), total, rtol=0, atol=1e-12)
@@ -155,10 +168,14 @@ def test_a_on_b_by_hand():
     keys = torch.tensor([[[1.0, 0], [3, 0.01], [-1, -1], [0, 5], [0.02, 1]]], dtype=torch.float64)
     x = torch.tensor([[[1.0], [2], [4], [8], [16]]], dtype=torch.float64)
     ids, size = torch.tensor([[5, 1, 2, 0, 4]]), torch.tensor([[1.0, 3, 1, 1, 2]], dtype=torch.float64)
-    found = merge(x, keys, 2, 0, ids, size, torch.tensor([[0, 1, 2, 1, 4, 5, 4, 1]]))
-    assert found[0].flatten().tolist() == pytest.approx([4, 7 / 4, 40 / 3])
-    assert [each.tolist() for each in found[1:]] == [[[2, 1, 0]], [[1, 4, 3]], [[0, 1, 2, 1, 0, 1, 0, 1]]]
-    x, ids, size, _ = merge(x, keys, 1, 0, ids, size, torch.arange(6)[None])
+    found, sizes, *moves = merge(x, keys.clone(), 2, 0, size)
+    assert found.flatten().tolist() == pytest.approx([4, 7 / 4, 40 / 3])
+    assert sizes.tolist() == [[1, 4, 3]]
+    assert [each.tolist() for each in moves] == [[[2, 1, 3]], [[0, 4]], [[1, 3]]]
+    names = follow(ids, torch.tensor([[0, 1, 2, 1, 4, 5, 4, 1]]), *moves)
+    assert [each.tolist() for each in names] == [[[2, 1, 0]], [[0, 1, 2, 1, 0, 1, 0, 1]]]
+    x, size, *moves = merge(x, keys, 1, 0, size)
+    ids, _ = follow(ids, torch.arange(6)[None], *moves)
     assert (ids.tolist(), size.tolist()) == ([[2, 4, 1, 0]], [[1, 2, 4, 1]]), "the most alike pair goes first"
 
 
@@ -190,9 +207,9 @@ def test_batch_equals_single():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_tokens_leave_a_block_as_from_the_whole_block(family):
     pruner = ToMe(make(family), 5)
-    x, ids = pruner.embed(images(pruner.vit)), torch.arange(16).expand(3, -1)
+    x = pruner.embed(images(pruner.vit))
     block, prefix = pruner.vit.blocks[0], pruner.prefix
-    found, left, size, _ = pruner._step(block, 5, x, ids, None, ids)
+    found, size, left, *_ = pruner._step(block, 5, x, None)
     whole = block(x)
     torch.testing.assert_close(found[:, :prefix], whole[:, :prefix], rtol=0, atol=1e-11)
     for image in range(3):

@@ -204,35 +204,53 @@ class ToMe(TokenPruner):
             mlp.append(self.prefix + running)
         return attention, mlp
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self._head(*self._blocks(images))
+
     def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits (B, classes), and per block the ids of its tokens (B, n) and which of them each patch is in (B, P)."""
-        x = self.embed(images)
-        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(len(x), -1)
-        size, sources, record = None, ids, []
-        for block, r in zip(self.vit.blocks, self.rs, strict=True):
-            x, ids, size, sources = self.checkpointed(self._step, block, r, x, ids, size, sources)
-            record.append((ids, sources))
-        # what pools over patches takes a merged one as often as it stands for some
-        if self.vit.attn_pool is not None or self.vit.global_pool != "token":
-            place = torch.zeros_like(sources).scatter(
-                1, ids, torch.arange(ids.shape[1], device=x.device).expand_as(ids)
-            )
-            x = torch.cat([x[:, : self.prefix], gather(x[:, self.prefix :], place.gather(1, sources))], dim=1)
-        return self.vit.forward_head(self.vit.norm(x)), record
+        x, moves = self._blocks(images)
+        return self._head(x, moves), self._followed(x, moves)
 
-    def _step(
-        self, block: nn.Module, r: int, x: Tensor, ids: Tensor, size: Tensor | None, sources: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _blocks(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Tokens after the last block, and what moved in each."""
+        x, size, moves = self.embed(images), None, []
+        for block, r in zip(self.vit.blocks, self.rs, strict=True):
+            x, size, *moved = self.checkpointed(self._step, block, r, x, size)
+            moves.append(tuple(moved))
+        return x, moves
+
+    def _step(self, block: nn.Module, r: int, x: Tensor, size: Tensor | None) -> tuple[Tensor | None, ...]:
         prefix = self.prefix
         if not block.attn.num_heads:
-            return block(x), ids, size, sources
+            return block(x), size
         bias = None if size is None else F.pad(size.log(), (prefix, 0))[:, None, None]  # (B, 1, 1, N)
         x, _, _, k = blocks.attended(block, x, bias)
-        if r := min(r, ids.shape[1] // 2):
-            size = torch.ones_like(ids, dtype=x.dtype) if size is None else size
-            keys = reduce(torch.add, k[:, :, prefix:].unbind(1))  # in the direction of their mean, in half its time
-            x, ids, size, sources = merge(x, keys, r, prefix % 2, ids, size, sources, prefix)
-        return blocks.add_mlp(block, x), ids, size, sources
+        moved, running = (), x.shape[1] - prefix
+        if r := min(r, running // 2):
+            size = x.new_ones(len(x), running) if size is None else size
+            keys = head_sum(k[:, :, prefix:].detach())  # in the direction of their mean
+            x, size, *moved = merge(x, keys, r, prefix % 2, size, prefix)
+        return blocks.add_mlp(block, x), size, *moved
+
+    def _head(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> Tensor:
+        # what pools over patches takes a merged one as often as it stands for some
+        if any(moves) and (self.vit.attn_pool is not None or self.vit.global_pool != "token"):
+            ids, sources = self._followed(x, moves)[-1]
+            place = torch.arange(ids.shape[1], device=x.device).expand_as(ids)
+            place = torch.zeros_like(sources).scatter(1, ids, place).gather(1, sources)
+            x = torch.cat([x[:, : self.prefix], gather(x[:, self.prefix :], place)], dim=1)
+        return self.vit.forward_head(self.vit.norm(x))
+
+    def _followed(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
+        """Per block the ids of its tokens (B, n), and which of them each patch is in (B, P)."""
+        ids = sources = torch.arange(self.patches, device=x.device).expand(len(x), -1)
+        record = []
+        for moved in moves:
+            ids, sources = follow(ids, sources, *moved) if moved else (ids, sources)
+            record.append((ids, sources))
+        return record
 
     @torch.inference_mode()
     def sources(self, images: Tensor) -> list[Tensor]:
@@ -242,30 +260,45 @@ class ToMe(TokenPruner):
 
 
 def merge(
-    x: Tensor, keys: Tensor, r: int, first: int, ids: Tensor, size: Tensor, sources: Tensor, prefix: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of ToMe: tokens x (B, prefix + n, D), and of all after the prefix keys (B, n, d), ids and sizes (B, n),
-    to n − r of each; sources (B, P).
+    x: Tensor, keys: Tensor, r: int, first: int, size: Tensor, prefix: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of ToMe: tokens x (B, prefix + n, D), and of all after the prefix keys (B, n, d), which are normalised
+    in place, and sizes (B, n).
 
-    A are the places first, first + 2, …. What stays of A comes first, in order, then B.
+    A are the places first, first + 2, …. Returns x and sizes of what goes on, what stays of A first, in order, then B,
+    and among the places after the prefix those that are left (B, n − r), that go, and that they go into (B, r).
     """
-    keys = keys / keys.norm(dim=-1, keepdim=True)
-    likeness, partner = (keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)  # (B, |A|)
-    order = highest(likeness, likeness.shape[1])
-    partner = partner.gather(1, order[:, :r])  # (B, r)
+    # In place, here and below: on a CPU a fresh result of this size costs as much as the arithmetic.
+    keys = keys.div_(keys.norm(dim=-1, keepdim=True))
+    cosines = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)  # (B, |A|, |B|)
+    order = highest(cosines.amax(dim=2), cosines.shape[1])
+    partner = gather(cosines, order[:, :r]).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
     goes, into = first + 2 * order[:, :r], 1 - first + 2 * partner
     stays = first + 2 * order[:, r:].sort(dim=1).values
-    b = torch.arange(1 - first, ids.shape[1], 2, device=x.device).expand(x.shape[0], -1)
-    left = torch.cat([stays, b], dim=1)  # (B, n − r)
+    b = torch.arange(1 - first, size.shape[1], 2, device=x.device).expand(x.shape[0], -1)
+    left = torch.cat([stays, b], dim=1)
     total = size.scatter_add(1, into, size.gather(1, goes))
     # The mean Σ s x / Σ s is x_B + Σ_A (x_A − x_B) s_A / Σ s: only rows that something is merged into are touched.
     share = size.gather(1, goes) / total.gather(1, into)
-    moved = share[..., None] * (gather(x, goes + prefix) - gather(x, into + prefix))  # (B, r, D)
-    place = (partner + prefix + stays.shape[1])[..., None].expand_as(moved)
-    x = gather(x, with_prefix(left, prefix)).scatter_add_(1, place, moved)
-    gone, new = ids.gather(1, goes), ids.gather(1, into)
-    parent = torch.arange(sources.shape[1], device=x.device).expand(x.shape[0], -1).scatter(1, gone, new)
-    return x, ids.gather(1, left), total.gather(1, left), parent.gather(1, sources)
+    moved = gather(x, goes + prefix).sub_(gather(x, into + prefix)).mul_(share[..., None])  # (B, r, D)
+    x = gather(x, with_prefix(left, prefix))
+    rows = partner + prefix + stays.shape[1] + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
+    x.flatten(0, 1).index_add_(0, rows.flatten(), moved.flatten(0, 1))  # many may go into one
+    return x, total.gather(1, left), left, goes, into
+
+
+def head_sum(k: Tensor) -> Tensor:
+    """Keys (B, H, n, d) summed over heads: (B, n, d), a fresh tensor."""
+    first, *others = k.unbind(1)
+    return reduce(Tensor.add_, others[1:], first + others[0]) if others else first.clone()
+
+
+def follow(ids: Tensor, sources: Tensor, left: Tensor, goes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (B, n) of tokens after one `merge`, (B, n − r), and by which of them each patch goes (B, P), where `sources`
+    said it before."""
+    parent = torch.arange(sources.shape[1], device=ids.device).expand_as(sources)
+    parent = parent.scatter(1, ids.gather(1, goes), ids.gather(1, into))
+    return ids.gather(1, left), parent.gather(1, sources)
 
 
 DROPPING = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}
