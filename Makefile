@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(abspath $(VENV))/bin
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-SWEEP  ?= sweeps/demo.yaml
+GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+SWEEP  ?= sweeps/quick.yaml
 
 .PHONY: demo test lint bench report sweep checkpoint clean
 .DEFAULT_GOAL := demo
@@ -15,11 +16,11 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-demo: SWEEP = sweeps/demo.yaml
+demo: SWEEP = sweeps/quick.yaml
 demo: sweep
 
 sweep: $(VENV)/ready
-	PATH="$(BIN):$$PATH" snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet all --configfile $(SWEEP)
+	PATH="$(BIN):$$PATH" snakemake --profile profiles/local --cores $(CORES) --resources gpu=$(GPUS) --configfile $(SWEEP)
 
 test: $(VENV)/ready lint
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)

@@ -1,0 +1,248 @@
+"""Sweeps: a file of stages becomes a checked graph of notebook runs; Snakefile says what to do with it.
+
+    name: digits
+    stages:
+      - notebook: dense
+      - notebook: avit
+        needs: {ckpt: dense}                               # takes the run of dense
+        parameters: {ponder_weight: [0.01, 0.1], seed: [0, 1, 2]}   # every combination is a run
+      - notebook: compare
+        needs: {runs: [dense, avit]}                       # only waits for all of them
+        parameters: {runs: outputs/*/digits*}
+
+A stage has a `notebook`, and may have a `name` (else the sweep's), `parameters`, `needs`, `threads` and `resources`.
+"""
+
+import ast
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lib import params
+
+KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
+TOP = {"name": str, "stages": list, "output_dir": str, "threads": int, "resources": dict}
+
+
+class SweepError(ValueError):
+    """A sweep file that cannot be run as it is: one line saying where and why."""
+
+
+@dataclass
+class Planned:
+    """One run of a sweep: what its notebook is given, which of it varies, which runs it needs, what it may use."""
+
+    stage: str  # notebook/name
+    parameters: dict[str, Any]
+    varied: dict[str, Any]
+    upstream: list[str]
+    threads: int
+    resources: dict[str, Any]
+
+
+def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[str, Planned]:
+    """The runs of a sweep by their folder below the output directory, notebook/run, in the order of its stages.
+
+    Every list among a stage's parameters is varied, every combination is a run. A parameter in `needs` takes the run of
+    an earlier stage, named by notebook or notebook/name, that agrees in all parameters both stages vary. SweepError, or
+    ParameterError with all faults of a stage, before anything starts.
+    """
+    _known(config, TOP, "this sweep")
+    for needed in ("name", "stages"):
+        if needed not in config:
+            raise SweepError(f"this sweep has no {needed}: expected one (see sweeps/quick.yaml)")
+    output, found = config.get("output_dir", "outputs"), {}
+    for stage in config["stages"]:
+        _known(stage, KEYS, f"stage {stage.get('notebook', '')!r}")
+        notebook, label = stage.get("notebook"), stage.get("name", config["name"])
+        if not (notebooks / f"{notebook}.ipynb").is_file():
+            known = ", ".join(sorted(each.stem for each in notebooks.glob("*.ipynb")))
+            raise SweepError(f"no notebook {notebook!r}: expected one of {known}")
+        declared, earlier = params.declared_in(notebooks / f"{notebook}.ipynb"), dict(found)
+        for varied in _combinations(stage.get("parameters") or {}, declared):
+            values = {**(stage.get("parameters") or {}), **varied}
+            name = _name(label, varied)
+            run = f"{notebook}/{name}"
+            if run in found:
+                raise SweepError(f"{run}: two runs of this name, expected another name for one of the stages")
+            upstream = []
+            for parameter, needed in (stage.get("needs") or {}).items():
+                agreeing = _agreeing(run, parameter, needed, earlier, varied)
+                upstream += agreeing
+                if isinstance(needed, str):
+                    values[parameter] = f"{output}/{agreeing[0]}"
+            values |= {"run_name": name, "output_dir": output}
+            try:
+                params.check(declared, values)
+            except params.ParameterError as error:
+                raise SweepError(f"{notebook} in this sweep: {error}") from None
+            resources = {**config.get("resources", {}), **stage.get("resources", {})}
+            threads = stage.get("threads", config.get("threads", 1))
+            found[run] = Planned(f"{notebook}/{label}", values, varied, upstream, threads, resources)
+    return found
+
+
+def _known(given: dict[str, Any], keys: dict[str, type], where: str) -> None:
+    for key, value in given.items():
+        if key not in keys:
+            raise SweepError(f"{where} has {key!r}: expected {', '.join(keys)}")
+        if not isinstance(value, keys[key] | None):
+            raise SweepError(f"{key} of {where} is {value!r}: expected {keys[key].__name__}")
+
+
+def _combinations(given: dict[str, Any], declared: dict[str, params.Parameter]) -> Iterator[dict[str, Any]]:
+    """What varies, combination by combination. A parameter that is a list itself varies over a list of lists."""
+    whole = {name for name, one in declared.items() if one.type is list and not any(
+             isinstance(value, list) for value in (given.get(name) or []))}  # fmt: skip
+    lists = {name: values for name, values in given.items() if isinstance(values, list) and name not in whole}
+    for combination in itertools.product(*lists.values()):
+        yield dict(zip(lists, combination, strict=True))
+
+
+def _name(label: str, varied: dict[str, Any]) -> str:
+    shown = [Path(v).stem if "/" in str(v) else v if isinstance(v, str) else f"{k}{v}" for k, v in varied.items()]
+    return re.sub(r"[^\w.=-]+", "_", "-".join([label, *shown]))
+
+
+def _agreeing(
+    run: str, parameter: str, needed: str | list[str], earlier: dict[str, Planned], varied: dict[str, Any]
+) -> list[str]:
+    """The earlier runs that `needed` names and that agree with a run in what both vary."""
+    wanted = {needed} if isinstance(needed, str) else {*needed}
+    named = {name: {name.split("/")[0], other.stage} for name, other in earlier.items()}
+    if unknown := wanted - {stage for stages in named.values() for stage in stages}:
+        raise SweepError(f"{run}: its {parameter} needs {', '.join(sorted(unknown))}, no earlier stage")
+    found = [name for name, other in earlier.items()
+             if wanted & named[name] and all(varied.get(k, v) == v for k, v in other.varied.items())]  # fmt: skip
+    if isinstance(needed, str) and len(found) != 1:
+        raise SweepError(f"{run}: {len(found)} runs of {needed} fit its {parameter}, expected one")
+    return found
+
+
+# ---- what a run depends on ----------------------------------------------------------------------------------------
+
+
+def sources(notebook: str, folder: Path = Path(".")) -> list[str]:
+    """The notebook's file and every file of lib/ that it imports, directly or not: what an edit of reruns it."""
+    file = folder / "notebooks" / f"{notebook}.ipynb"
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    found, waiting = set(), ["\n".join("".join(cell["source"]) for cell in cells)]
+    while waiting:
+        for name in _imports(waiting.pop()):
+            for module in (Path(*name.split(".")).with_suffix(".py"), Path(*name.split("."), "__init__.py")):
+                if name.split(".")[0] == "lib" and module not in found and (folder / module).is_file():
+                    found.add(module)
+                    waiting.append((folder / module).read_text())
+    return [str(file), *sorted(map(str, found))]
+
+
+@functools.cache
+def _imports(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [".".join(parts[:end]) for parts in (name.split(".") for name in found) for end in range(1, len(parts) + 1)]
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------
+
+
+def run(notebook: str, folder: Path, values: dict[str, Any], threads: int, gpus: int = 0) -> int:
+    """papermill's exit code, after it ran a notebook with its executed copy, log and results in `folder`.
+
+    A run that was finished once is here because its notebook, lib/ or parameters changed: it starts anew. One that was
+    stopped goes on from its last state. Threads of torch are `threads`; a run that wants GPUs waits for as many.
+    """
+    began, name = time.monotonic(), f"{notebook}/{folder.name}"
+    if (folder / "provenance.json").exists():
+        for old in ("last", "parts"):
+            shutil.rmtree(folder / old, ignore_errors=True)
+        (folder / "provenance.json").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(folder / "notebook.ipynb")]
+    command += ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
+    with leased(gpus) as devices, open(folder / "log.txt", "w") as log:
+        print(f"{time.strftime('%T')} start {name}", flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | devices
+        failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if failed or not (folder / "DONE").exists():
+        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+        print(f"{time.strftime('%T')} FAILED {name}, see {folder}/log.txt", *last, sep="\n  ", flush=True)
+        return failed or 1
+    print(f"{time.strftime('%T')} done  {name} ({time.monotonic() - began:.0f} s)", flush=True)
+    return 0
+
+
+def unfinished(output: Path, runs: dict[str, Planned]) -> list[str]:
+    """What a sweep that stopped has not done, a line each: what failed with its log, and what waited for that."""
+    left = [name for name in runs if not (output / name / "DONE").exists()]
+    tried = [name for name in left if (output / name / "log.txt").exists()]
+    return [f"failed: {name}, see {output / name}/log.txt" for name in tried] + [
+        f"not begun: {name}, which needs it" if {*runs[name].upstream} & {*left} else f"not begun: {name}"
+        for name in left if name not in tried
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def leased(number: int) -> Iterator[dict[str, str]]:
+    """An environment that shows `number` GPUs of this machine which no other run holds; waits for them.
+
+    GPUs are those of CUDA_VISIBLE_DEVICES, as Slurm sets it, else all that nvidia-smi lists; none there, none leased.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [device for device in (visible or "").split(",") if device] if visible is not None else gpus_here()
+    if not (number and there):
+        yield {}
+        return
+    if number > len(there):
+        raise SweepError(f"a run wants {number} GPUs: this machine shows {len(there)}")
+    held: list[tuple[str, FileLock]] = []
+    try:
+        while len(held) < number:
+            for device in there:
+                lock = FileLock(Path(tempfile.gettempdir()) / f"vit-efficiency-{os.getuid()}-gpu-{device}.lock")
+                with contextlib.suppress(Timeout):
+                    if len(held) < number and device not in {one for one, _ in held}:
+                        lock.acquire(timeout=0)
+                        held.append((device, lock))
+            if len(held) < number:  # all or none: two that hold one each would wait for ever
+                while held:
+                    held.pop()[1].release()
+                time.sleep(1 + os.getpid() % 7 / 7)
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(device for device, _ in held)}
+    finally:
+        for _, lock in held:
+            lock.release()
+
+
+def gpus_here() -> list[str]:
+    """The numbers of this machine's GPUs, as nvidia-smi lists them."""
+    with contextlib.suppress(OSError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+    return []
+
+
+if __name__ == "__main__":
+    notebook, folder, values, threads, gpus = sys.argv[1:]
+    try:
+        sys.exit(run(notebook, Path(folder), json.loads(values), int(threads), int(gpus)))
+    except SweepError as error:
+        sys.exit(str(error))
