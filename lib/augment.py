@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,6 +55,35 @@ def step_generator(seed: int, epoch: int, step: int) -> Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+@dataclass
+class Share:
+    """A generator for some images of a batch that several processes share: they draw what one process would.
+
+    total: images of the whole batch. places: which of them are here, (B,).
+    """
+
+    generator: Generator
+    total: int
+    places: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+
+def places(total: int, rank: int, world: int) -> Tensor:
+    """Which images of a batch of `total` process `rank` of `world` takes: total / world of them.
+
+    Mirrored pairs stay together, image i and image −1−i, since `mix` mixes those; where a process takes an odd number
+    they cannot, and mixed pairs are others than in one process.
+    """
+    each, odd = divmod(total // world, 2)
+    if odd:
+        return torch.arange(rank, total, world) if world > 1 else torch.arange(total)
+    first = torch.arange(rank * each, (rank + 1) * each)
+    return torch.cat([first, total - 1 - first.flip(0)])
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images − mean) / std per channel, for float images (B, C, H, W) and C means and deviations."""
     mean, std = (torch.as_tensor(v, dtype=images.dtype, device=images.device) for v in (mean, std))
@@ -82,7 +112,7 @@ class Augment:
         self.policy = {name: float(magnitude) for name, magnitude in policy.items() if magnitude > 0}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator | Share) -> Tensor:
         if images.ndim != 4:
             raise ValueError(f"images: found shape {tuple(images.shape)}, expected (B, C, H, W)")
         if generator.device.type != "cpu":
@@ -125,7 +155,7 @@ def mix(
     mixup_alpha: float,
     cutmix_alpha: float,
     smoothing: float,
-    generator: Generator,
+    generator: Generator | Share,
 ) -> tuple[Tensor, Tensor]:
     """MixUp or CutMix by timm's `Mixup`, one draw per batch; with both alphas > 0 either at even odds.
 
@@ -142,7 +172,7 @@ def mix(
         )
     mixer = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=smoothing, num_classes=num_classes)
     mixer.mixup_enabled = mixup_alpha > 0 or cutmix_alpha > 0
-    batch = len(images)
+    batch, generator = len(images), getattr(generator, "generator", generator)  # one draw per batch, whoever shares it
     # timm pairs image i with image −1−i and wants an even batch: an odd one lends itself its first image.
     order = torch.arange(batch + batch % 2, device=images.device) % batch
     state = np.random.get_state()
@@ -154,7 +184,7 @@ def mix(
     return mixed[:batch], targets[:batch]
 
 
-def _draw_geometry(policy: Mapping[str, float], shape: torch.Size, generator: Generator) -> list[Tensor]:
+def _draw_geometry(policy: Mapping[str, float], shape: torch.Size, generator: Generator | Share) -> list[Tensor]:
     """The matrix (B, 2, 2) and shift (B, 2) for `warp`; float64, on the CPU."""
     batch, _, height, width = shape
     sides = torch.tensor([width, height], dtype=torch.float64)
@@ -175,7 +205,7 @@ def _draw_geometry(policy: Mapping[str, float], shape: torch.Size, generator: Ge
     return [matrix, glide + crop]
 
 
-def _recolour(images: Tensor, hue: float, saturation: float, generator: Generator) -> Tensor:
+def _recolour(images: Tensor, hue: float, saturation: float, generator: Generator | Share) -> Tensor:
     """Turns and scales the chroma plane of YIQ per image, luma kept: one 3×3 matrix each."""
     batch, channels = images.shape[:2]
     if channels != 3:
@@ -189,7 +219,7 @@ def _recolour(images: Tensor, hue: float, saturation: float, generator: Generato
     return (matrix.to(images) @ images.flatten(2)).view_as(images)
 
 
-def _erase(images: Tensor, probability: float, generator: Generator) -> Tensor:
+def _erase(images: Tensor, probability: float, generator: Generator | Share) -> Tensor:
     """Random erasing (Zhong et al. 2020): 2 to 33 % of the area, aspect 0.3 to 3.3, one random colour."""
     batch, channels, height, width = images.shape
     chosen = _uniform(batch, 0, 1, generator) < probability
@@ -207,15 +237,18 @@ def _erase(images: Tensor, probability: float, generator: Generator) -> Tensor:
     return torch.where(hole.to(images.device), colour.to(images), images)
 
 
-def _uniform(shape: int | Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
+def _uniform(shape: int | Sequence[int], low: float, high: float, generator: Generator | Share) -> Tensor:
+    if isinstance(generator, Share):
+        shape = (generator.total, *(() if isinstance(shape, int) else shape[1:]))
+        return _uniform(shape, low, high, generator.generator)[generator.places]
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def _either_way(shape: int | Sequence[int], magnitude: float, generator: Generator) -> Tensor:
+def _either_way(shape: int | Sequence[int], magnitude: float, generator: Generator | Share) -> Tensor:
     return _uniform(shape, -magnitude, magnitude, generator)
 
 
-def _factors(magnitude: float, images: Tensor, generator: Generator) -> Tensor:
+def _factors(magnitude: float, images: Tensor, generator: Generator | Share) -> Tensor:
     return (1 + _either_way((len(images), 1, 1, 1), magnitude, generator)).to(images)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,8 @@ def task(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, dic
     return F.cross_entropy(model(images), targets), {}
 
 
-def halting(
-    ponder_weight: float,
-    distr_weight: float,
-    target_depth: float,
-    distr_kl: str = "forward",
-    teacher: nn.Module | None = None,
-    distill_weight: float = 0.0,
-) -> Loss:
+@dataclass(frozen=True)
+class halting:  # noqa: N801 - called like a function, a class so that other processes can be handed it
     """The loss of A-ViT: cross-entropy + ponder_weight · ponder + distr_weight · KL of the halting distribution and
     its target, and with a teacher + distill_weight · KL(teacher ‖ model) of the predictions. Parts are logged without
     their weights, and as `depth` the number of blocks of all tokens, whether their image ran so long or not.
@@ -32,26 +27,34 @@ def halting(
     The model is a lib.pruners.avit.AViT, bare or wrapped for several processes. distr_kl: the direction, see
     `divergence`. teacher: a dense model, used in evaluation mode without gradient.
     """
-    if distr_kl not in ("forward", "reverse"):
-        raise ValueError(f"distr_kl is {distr_kl!r}: expected forward or reverse")
-    if distill_weight and teacher is None:
-        raise ValueError(f"distill_weight is {distill_weight}: expected a teacher with it")
 
-    def loss(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    ponder_weight: float
+    distr_weight: float
+    target_depth: float
+    distr_kl: str = "forward"
+    teacher: nn.Module | None = None
+    distill_weight: float = 0.0
+
+    def __post_init__(self):
+        if self.distr_kl not in ("forward", "reverse"):
+            raise ValueError(f"distr_kl is {self.distr_kl!r}: expected forward or reverse")
+        if self.distill_weight and self.teacher is None:
+            raise ValueError(f"distill_weight is {self.distill_weight}: expected a teacher with it")
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits, found = model(images, with_halting=True)
         shares = halting_distribution(found)
+        wanted = target_distribution(len(shares), self.target_depth).to(shares)
         parts = {
             "task": F.cross_entropy(logits, targets),
             "ponder": ponder(found),
-            "distr": divergence(shares, target_distribution(len(shares), target_depth).to(shares), distr_kl),
+            "distr": divergence(shares, wanted, self.distr_kl),
         }
-        value = parts["task"] + ponder_weight * parts["ponder"] + distr_weight * parts["distr"]
-        if distill_weight:
-            parts["distill"] = distillation(logits, _predict(teacher, images))
-            value = value + distill_weight * parts["distill"]
+        value = parts["task"] + self.ponder_weight * parts["ponder"] + self.distr_weight * parts["distr"]
+        if self.distill_weight:
+            parts["distill"] = distillation(logits, _predict(self.teacher, images))
+            value = value + self.distill_weight * parts["distill"]
         return value, {**parts, "depth": found.running.sum(dim=0).float().mean()}
-
-    return loss
 
 
 def ponder(found: Any) -> Tensor:

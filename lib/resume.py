@@ -1,4 +1,4 @@
-"""What lets a stopped training go on: states on disk, random state, and signals that wait for a step's end."""
+"""What lets a stopped training go on: states on disk, and signals that wait for a step's end."""
 
 import os
 import signal
@@ -26,26 +26,21 @@ class States:
         return sorted(self.folder.glob("state-*.pt"))
 
     def write(self, progress: dict[str, Any], modules: dict[str, dict]) -> None:
-        """Add a state with the current random state; older ones than the last two go."""
+        """Add a state; older ones than the last two go."""
         files = self._files()
         number = int(files[-1].stem.split("-")[1]) + 1 if files else 0
-        state = {"progress": progress, "modules": modules, "random": _random_state()}
+        state = {"progress": progress, "modules": modules}
         runs.write(self.folder / f"state-{number:08d}.pt", lambda temporary: torch.save(state, temporary))
         for old in self._files()[:-KEPT]:
             old.unlink()
 
     def newest(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest readable state, its random state restored; None where there is none."""
+        """The newest readable state; None where there is none."""
         for file in reversed(self._files()):
             try:
-                state = torch.load(file, map_location=device, weights_only=True)
+                return torch.load(file, map_location=device, weights_only=True)
             except Exception as error:  # torch raises a dozen types for a damaged file; the one before is whole
                 print(f"{file} cannot be read ({type(error).__name__}): going back to the state before it", flush=True)
-                continue
-            torch.set_rng_state(state["random"]["cpu"].cpu())
-            if torch.cuda.is_available() and state["random"]["cuda"]:
-                torch.cuda.set_rng_state_all([each.cpu() for each in state["random"]["cuda"]])
-            return state
         return None
 
     def write_best(self, weights: dict[str, Any]) -> None:
@@ -53,11 +48,6 @@ class States:
 
     def best(self) -> dict[str, Any]:
         return torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 class _Signals:

@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 
 from lib import params as parameters
 
-# Where a run is written and whether it continues does not change what it computes.
-NOT_IDENTITY = ("output_dir", "run_name", "resume")
+# Where a run is written, whether it continues and how many processes share it does not change what it computes.
+NOT_IDENTITY = ("output_dir", "run_name", "resume", "num_processes")
 _held: dict[Path, FileLock] = {}  # runs this process writes: a notebook's cell may be run twice
 
 

@@ -19,7 +19,9 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,19 +202,18 @@ class _Tickets:
             if self.rules["rewind"] != "rewind_lt":
                 return {}
             at, file = self.rules["rewind_epoch"] * per_epoch, self.run.part("state00").dir / "rewind"
-            return {"on_step": lambda vit, step: models.save(vit, file) if step + 1 == at else None}
+            return {"on_step": partial(_save_at, at, file)}
         at_once, hooks = self.removes and not self.rules["reg_granularity_prune"], {}
         if self.removes and (gone := mask if at_once else self._selected(state - 1)[1]) is not None:
             _zero(vit, gone)
-            hooks["on_step"] = lambda vit, _: _zero(vit, gone)
+            hooks["on_step"] = partial(_keep_zero, gone)
         if at_once:
             return hooks
         out = units.outside(vit, target.within(body)) if mask is None else {name: ~kept for name, kept in mask.items()}
         rules = self.rules
         growing = lottery.Growing(out, rules["reg_granularity_prune"], self.recipe.epochs * per_epoch,
                                   rules["RST_schedule"], rules["exponents"])  # fmt: skip
-        watch = lambda vit, step: {"lambda": growing.strength(step), "norm_ratio": growing.norm_ratio(vit)}  # noqa: E731
-        return hooks | {"on_gradient": growing, "watch": watch}
+        return hooks | {"on_gradient": growing, "watch": partial(_watch, growing)}
 
     def _cut(self, vit: nn.Module, plan: Plan, mask: dict[str, Tensor] | None) -> nn.Module:
         if self.kinds:
@@ -302,6 +303,20 @@ class _Tickets:
                 "of learning rate · λ should be about 7, a tenth of that with momentum 0.9)",
                 stacklevel=3,
             )
+
+
+# What training calls, as functions that other processes can be handed.
+def _save_at(step: int, file: Path, vit: nn.Module, now: int) -> None:
+    if now + 1 == step:
+        models.save(vit, file)
+
+
+def _keep_zero(mask: dict[str, Tensor], vit: nn.Module, _: int) -> None:
+    _zero(vit, mask)
+
+
+def _watch(growing: lottery.Growing, vit: nn.Module, step: int) -> dict[str, float | None]:
+    return {"lambda": growing.strength(step), "norm_ratio": growing.norm_ratio(vit)}
 
 
 @torch.no_grad()

@@ -1,26 +1,30 @@
 """fit: the one training loop. It knows no method: a method hands it a loss and, if it must, a callback per step.
 
-Everything random is drawn from (seed, epoch, step) or saved with the state, so a run that was killed at any moment
-and started again ends in bit-identical weights on CPU.
+Everything random is drawn from (seed, epoch, step), so a run that was killed at any moment and started again ends in
+bit-identical weights on CPU; and one that several processes share ends where one process would, but for rounding.
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib import evaluate, losses, runs
-from lib.augment import Augment, mix, normalise, step_generator
+from lib import evaluate, losses, processes, runs
+from lib.augment import Augment, Share, mix, normalise, places, step_generator
 from lib.resume import States, defer_signals, interactive
 
 
@@ -47,6 +51,7 @@ class Recipe:
     keep: str = "best"  # weights to end with: best on the validation images, or "last"
     patience: int = 0  # epochs without a better validation before stopping early; 0 is never
     seed: int = 0
+    num_processes: int = 1  # that share every batch, one GPU each, or a part of the CPU's threads
     num_workers: int = 0
     save_minutes: float = 5.0  # how often to save within long epochs
 
@@ -91,18 +96,27 @@ def fit(
     to log. on_gradient(model, step) runs between the clipped gradient and the optimiser's step, on_step(model, step)
     after it; watch(model, step) adds to the row of every epoch what it finds after the last step.
 
+    With recipe.num_processes > 1 torchrun starts as many on this machine; all of the arguments must pickle. They end in
+    the weights of one process, up to rounding, where nothing in the model depends on the batch or draws at random
+    (batch norm, dropout) and the loss is a mean over images, or sums over processes itself. Whatever their number,
+    they go on from one another's states.
+
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
     stop being finite (the last good state stays). Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
     """
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
         raise ValueError(f"dataset {data.name}: training needs train and val images, found {found}")
+    if recipe.num_processes > 1 and not processes.within():
+        hooks = {"loss": loss, "on_gradient": on_gradient, "on_step": on_step, "watch": watch}
+        return _shared(model, data, recipe, run, hooks)
     fitting = _Fitting(model, data, recipe, run, loss, on_gradient, on_step, watch)
     with fitting.bar, defer_signals() as signals:
         while fitting.epoch < recipe.epochs and not _stale(fitting.history, recipe.patience):
             began = time.monotonic()
             for batch, (images, targets) in fitting.batches():
                 fitting.step(batch, images, targets)
+                signals.received = fitting.agreed(signals.received)
                 signals.leave_after(fitting.save)
                 fitting.save_at_times()
             fitting.end_epoch(began)
@@ -110,6 +124,35 @@ def fit(
     fitting.accelerator.wait_for_everyone()
     model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
     return fitting.history
+
+
+def _shared(model: nn.Module, data: Any, recipe: Recipe, run: runs.Part, hooks: dict[str, Any]) -> list[dict]:
+    """fit, by several processes: they train a copy, whose weights and buffers this model then has."""
+    seen = {name: getattr(data, name) for name in ("name", "train", "val", "classes", "mean", "std")}
+    job = {"model": model.cpu(), "data": SimpleNamespace(**seen), "recipe": recipe, **hooks}
+    found = processes.launch(job | {"run": runs.Part(run.notebook, run.dir)}, recipe.num_processes, run.dir)
+    if "stopped" in found:
+        raise RuntimeError("the processes that share this training were stopped: the same command goes on from there")
+    model.load_state_dict(found["model"])
+    model.to(evaluate.device())
+    return found["history"]
+
+
+def _share(job: dict[str, Any], file: Path) -> None:
+    """What each process of `_shared` does."""
+    try:
+        history = fit(**job)
+        found = {"model": {name: tensor.cpu() for name, tensor in job["model"].state_dict().items()}}
+        found |= {"history": history}
+    except (SystemExit, KeyboardInterrupt):
+        found = {"stopped": True}
+    except Exception as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+        processes.answer(file, found)
+        raise  # torchrun then ends the others, which would wait for this one
+    if Accelerator().is_main_process:
+        processes.answer(file, found)
+    Accelerator().end_training()
 
 
 def steps_per_epoch(data: Any, recipe: Recipe) -> int:
@@ -146,15 +189,14 @@ class _Fitting:
         self.on_gradient, self.on_step, self.watch = hooks
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
         self.accelerator = Accelerator(mixed_precision="no")
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if recipe.batch_size % world:
-            raise ValueError(f"batch_size {recipe.batch_size} is not a multiple of {world} processes")
-        self.share = slice(rank, None, world)
+        world = self.accelerator.num_processes
         self.size = min(recipe.batch_size, len(data.train.labels))
+        if self.size % world:
+            raise ValueError(f"batches have {self.size} images: expected a multiple of num_processes, {world}")
+        self.places = places(self.size, self.accelerator.process_index, world)
         self.per_epoch = steps_per_epoch(data, recipe)
         self.augment = Augment(recipe.augment)
 
-        torch.manual_seed(recipe.seed + rank)
         model.to(self.accelerator.device)
         optimizer = create_optimizer_v2(
             model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -179,13 +221,13 @@ class _Fitting:
         """What is left of this epoch, in the order that (seed, epoch) draws; a last incomplete batch is left out."""
         self.trained.train()
         order = np.random.default_rng([self.recipe.seed, self.epoch]).permutation(len(self.data.train.labels))
-        rows = order[: self.per_epoch * self.size].reshape(self.per_epoch, self.size)[self.batch :, self.share]
+        rows = order[: self.per_epoch * self.size].reshape(self.per_epoch, self.size)[self.batch :, self.places.numpy()]
         loader = DataLoader(
             _Rows(self.data.train),
             sampler=rows,
             batch_size=None,
             num_workers=self.recipe.num_workers,
-            generator=torch.Generator(),  # else each start of an epoch would draw from the state that dropout uses
+            generator=torch.Generator(),  # else each start of an epoch would draw from torch's own
         )
         return enumerate(loader, start=self.batch)
 
@@ -195,7 +237,9 @@ class _Fitting:
         step = self.epoch * self.per_epoch + batch
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step, self.per_epoch) * group.get("lr_scale", 1.0)
-        draw = step_generator(recipe.seed, self.epoch, batch * accelerator.num_processes + accelerator.process_index)
+        draw = step_generator(recipe.seed, self.epoch, batch)
+        torch.manual_seed(draw.initial_seed() + accelerator.process_index)  # what dropout draws from
+        draw = Share(draw, self.size, self.places)
         images, targets = self._prepare(images.to(accelerator.device), targets.to(accelerator.device), draw)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             value, parts = self.loss(self.trained, images, targets)
@@ -211,12 +255,12 @@ class _Fitting:
             self.ema.update(self.model, step)
         if self.on_step:
             self.on_step(self.model, step)
-        for name, part in {"loss": value, **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + part.item()
+        for name, part in self._mean({"loss": value, **parts}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + part
         self.batch = batch + 1
         self.bar.update()
 
-    def _prepare(self, images: Tensor, targets: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _prepare(self, images: Tensor, targets: Tensor, draw: Share) -> tuple[Tensor, Tensor]:
         """Augmented, mixed and normalised images (B, 3, H, W), and labels or soft targets."""
         recipe, classes = self.recipe, len(self.data.classes)
         images = self.augment(images.permute(0, 3, 1, 2), draw)
@@ -224,28 +268,46 @@ class _Fitting:
             images, targets = mix(images, targets, classes, recipe.mixup, recipe.cutmix, recipe.label_smoothing, draw)
         return normalise(images, self.data.mean, self.data.std), targets
 
+    def _mean(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """The mean over processes of what each logs."""
+        stacked = torch.stack([part.detach().double().to(self.accelerator.device) for part in parts.values()])
+        return dict(zip(parts, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def agreed(self, received: list[int]) -> list[int]:
+        """The signals that any process received: all stop after the same step, else some would wait for the others."""
+        if self.accelerator.num_processes == 1:
+            return received
+        own = received[0] if received else signal.SIGTERM if processes.stopping() else 0
+        first = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
+        return [first] if first else []
+
     def end_epoch(self, began: float) -> None:
-        """Validate, keep the weights if they are the best so far, save and log."""
+        """Validate, keep the weights if they are the best so far, save, log: all processes by what one found."""
         judged = self.ema.module if self.ema else self.model
-        shown = evaluate.predict(
-            judged, self.data.val, mean=self.data.mean, std=self.data.std, batch_size=4 * self.recipe.batch_size
-        )
-        scores = evaluate.classification(shown.logits, shown.labels)
-        self.epoch, self.batch = self.epoch + 1, 0
-        row = {"epoch": self.epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        row |= {f"train_{name}": total / self.per_epoch for name, total in self.sums.items()}
-        row |= {"val_top1": scores["top1"], "val_nll_nats": scores["nll_nats"], "n_val": scores["n"]}
-        row |= self.watch(self.model, self.epoch * self.per_epoch - 1) if self.watch else {}
-        row |= {"seconds": round(time.monotonic() - began, 2)}
-        self.sums, self.history = {}, [*self.history, row]
-        if self.best is None or _rank(row) > _rank(self.history[self.best]):
+        row = self._validated(judged, began) if self.accelerator.is_main_process else None
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self.history = [*self.history, *broadcast_object_list([row])]
+        if self.best is None or _rank(self.history[-1]) > _rank(self.history[self.best]):
             self.best = len(self.history) - 1
             if self.accelerator.is_main_process:
                 self.states.write_best(judged.state_dict())
         if self.accelerator.is_main_process:
             self.run.log(self.history)  # before the state: killed between the two, no finished run lacks its last row
         self.save()
-        self.bar.set_postfix(val_top1=f"{row['val_top1']:.3f}", best=f"{self.history[self.best]['val_top1']:.3f}")
+        row, best = self.history[-1], self.history[self.best]
+        self.bar.set_postfix(val_top1=f"{row['val_top1']:.3f}", best=f"{best['val_top1']:.3f}")
+
+    def _validated(self, judged: nn.Module, began: float) -> dict[str, Any]:
+        """The row of the epoch that ends."""
+        shown = evaluate.predict(
+            judged, self.data.val, mean=self.data.mean, std=self.data.std, batch_size=4 * self.recipe.batch_size
+        )
+        scores = evaluate.classification(shown.logits, shown.labels)
+        row = {"epoch": self.epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{name}": total / self.per_epoch for name, total in self.sums.items()}
+        row |= {"val_top1": scores["top1"], "val_nll_nats": scores["nll_nats"], "n_val": scores["n"]}
+        row |= self.watch(self.model, (self.epoch + 1) * self.per_epoch - 1) if self.watch else {}
+        return row | {"seconds": round(time.monotonic() - began, 2)}
 
     def last(self) -> dict[str, Tensor]:
         return (self.ema.module if self.ema else self.model).state_dict()
@@ -271,3 +333,9 @@ class _Fitting:
             self.ema.load_state_dict(state["modules"]["ema"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
+
+
+if __name__ == "__main__":
+    from lib import train  # by the name under which its classes were pickled
+
+    train._share(*processes.job())
