@@ -10,14 +10,17 @@ import pickle
 import select
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 
 from lib import runs
 from lib.resume import defer_signals
 
+ALONE = "put its functions in a module, or use num_processes=1"
 STARTED = "VIT_EFFICIENCY_SHARED_TRAINING"  # set in processes that `launch` started
 
 
@@ -27,7 +30,7 @@ def within() -> bool:
 
 
 def launch(job: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
-    """What `number` processes of `lib.train` made of a job: what the first of them gave to `answer`.
+    """What `number` processes of `lib.train` made of a job: what the first of them found (see `serve`).
 
     job: picklable. folder: where job and answer lie meanwhile. Ctrl-C and SIGTERM are passed on, and obeyed when all
     have saved. Raises what a process raised, if it is a built-in exception, ValueError for more processes than GPUs.
@@ -63,7 +66,7 @@ def _write(file: Path, job: dict[str, Any]) -> None:
     try:
         content = pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"several processes cannot be handed this training ({error}): use num_processes=1") from error
+        raise ValueError(f"several processes cannot be handed this training ({error}): {ALONE}") from error
     file.touch(mode=0o600)
     file.write_bytes(content)
 
@@ -93,14 +96,29 @@ def _answer(file: Path) -> Path:
     return file.with_name(f"{file.name}.answer")
 
 
-def job() -> tuple[dict[str, Any], Path]:
-    """In a process that `launch` started: the job, and the file to `answer`."""
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """In a process that `launch` started: do the job. The first process hands its plain values and tensors to the one
+    that waits, and any process what it raised."""
     file = Path(sys.argv[1])
-    return pickle.loads(file.read_bytes()), file
+    try:
+        try:
+            job = pickle.loads(file.read_bytes())
+        except (AttributeError, ImportError) as error:  # such as a loss that a notebook has defined
+            raise ValueError(f"several processes cannot be handed this training ({error}): {ALONE}") from error
+        found = work(job)
+    except (SystemExit, KeyboardInterrupt):
+        found = {"stopped": True}
+    except Exception as error:
+        if not _answer(file).exists():  # else another was first, and this one merely lost its connection
+            _hand_over(file, {"error": type(error).__name__, "message": str(error)})
+        raise  # torchrun then ends the others, which would wait for this one
+    if os.environ["RANK"] == "0":
+        _hand_over(file, found)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def answer(file: Path, found: dict[str, Any]) -> None:
-    """Hand plain values and tensors to the process that waits."""
+def _hand_over(file: Path, found: dict[str, Any]) -> None:
     runs.write(_answer(file), lambda temporary: torch.save(found, temporary))
 
 

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,21 +137,10 @@ def _shared(model: nn.Module, data: Any, recipe: Recipe, run: runs.Part, hooks: 
     return found["history"]
 
 
-def _share(job: dict[str, Any], file: Path) -> None:
+def _share(job: dict[str, Any]) -> dict[str, Any]:
     """What each process of `_shared` does."""
-    try:
-        history = fit(**job)
-        found = {"model": {name: tensor.cpu() for name, tensor in job["model"].state_dict().items()}}
-        found |= {"history": history}
-    except (SystemExit, KeyboardInterrupt):
-        found = {"stopped": True}
-    except Exception as error:
-        found = {"error": type(error).__name__, "message": str(error)}
-        processes.answer(file, found)
-        raise  # torchrun then ends the others, which would wait for this one
-    if Accelerator().is_main_process:
-        processes.answer(file, found)
-    Accelerator().end_training()
+    history = fit(**job)
+    return {"model": {name: tensor.cpu() for name, tensor in job["model"].state_dict().items()}, "history": history}
 
 
 def steps_per_epoch(data: Any, recipe: Recipe) -> int:
@@ -338,4 +326,4 @@ class _Fitting:
 if __name__ == "__main__":
     from lib import train  # by the name under which its classes were pickled
 
-    train._share(*processes.job())
+    processes.serve(train._share)
