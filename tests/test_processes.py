@@ -76,7 +76,7 @@ def test_two_processes_are_one_with_twice_the_batch(kind, tmp_path, tiny_h5):
     same(two, one)
     start = make(kind).state_dict()
     moved = {name for name, value in one[0].items() if (value.double() - start[name]).abs().max() > 1e-3}
-    assert len(moved) > 0.7 * len(start), "rounding is told from learning"
+    assert len(moved) > 0.5 * len(start), "rounding is told from learning"
     if kind == "ucb":
         assert one[0]["ucb_count_scores"].max() > 2 and one[0]["steps"] == 6
     if kind == "growing":
@@ -175,10 +175,9 @@ def test_what_a_process_raises_is_raised_here(tmp_path, tiny_h5, monkeypatch):
         go(losses.task, batch_size=9)
     with pytest.raises(ValueError, match="cannot be handed this training .*use num_processes=1"):
         go(lambda *_: None)
-    monkeypatch.setattr(
-        Wrong, "__qualname__", "Elsewhere"
-    )  # pickles by a name that is not there, as what a notebook defines does
-    monkeypatch.setattr(sys.modules[__name__], "Elsewhere", Wrong, raising=False)
+    # found here under a name that the other processes do not find, as what a notebook defines is
+    elsewhere = type("Elsewhere", (Wrong,), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Elsewhere", elsewhere, raising=False)
     with pytest.raises(ValueError, match="cannot be handed this training .*Elsewhere.*use num_processes=1"):
         go(elsewhere("not found"))
     assert [path.name for path in tmp_path.glob(".*")] == []
