@@ -63,12 +63,14 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
     """
     _known(config, TOP, "this sweep")
     for needed in ("name", "stages"):
-        if needed not in config:
+        if not config.get(needed):
             raise SweepError(f"this sweep has no {needed}: expected one (see sweeps/quick.yaml)")
     output, found = config.get("output_dir", "outputs"), {}
     for stage in config["stages"]:
+        if not isinstance(stage, dict):
+            raise SweepError(f"{stage!r} among the stages: expected one with a notebook, as in notebook: dense")
         _known(stage, KEYS, f"stage {stage.get('notebook', '')!r}")
-        notebook, label = stage.get("notebook"), stage.get("name", config["name"])
+        notebook, label = stage.get("notebook"), stage.get("name") or config["name"]
         if not (notebooks / f"{notebook}.ipynb").is_file():
             known = ", ".join(sorted(each.stem for each in notebooks.glob("*.ipynb")))
             raise SweepError(f"no notebook {notebook!r}: expected one of {known}")
@@ -90,8 +92,8 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
                 params.check(declared, values)
             except params.ParameterError as error:
                 raise SweepError(f"{notebook} in this sweep: {error}") from None
-            resources = {**config.get("resources", {}), **stage.get("resources", {})}
-            threads = stage.get("threads", config.get("threads", 1))
+            resources = {**(config.get("resources") or {}), **(stage.get("resources") or {})}
+            threads = stage.get("threads") or config.get("threads") or 1
             found[run] = Planned(f"{notebook}/{label}", values, varied, upstream, threads, resources)
     return found
 

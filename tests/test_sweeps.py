@@ -1,14 +1,20 @@
 """Sweep files: every one expands to runs whose parameters their notebooks accept, before anything starts."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import write_notebook
+from reduced import reduced
 
-from lib import params
+from lib import params, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = [path for path in sorted((ROOT / "sweeps").glob("*.yaml")) if "stages" in yaml.safe_load(path.read_text())]
@@ -109,3 +115,293 @@ def test_a_need_that_several_runs_fit_is_refused(tmp_path):
     sweep.write_text(STAGES.format(out=tmp_path / "out", needed="dense/tuned").replace("[dense, avit]", "[dens, avit]"))
     result = dry_run(sweep)
     assert result.returncode != 0 and "compare/s: its runs needs dens, no earlier stage" in result.stderr
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "stage", "message"),
+    [({"stage": []}, {}, "this sweep has 'stage': expected name, stages, output_dir, threads, resources"),
+     ({}, {"paramters": {}}, "stage 'dense' has 'paramters': expected notebook, name, parameters, needs, threads, "),
+     ({"threads": "two"}, {}, "threads of this sweep is 'two': expected int"),
+     ({}, {"threads": "two"}, "threads of stage 'dense' is 'two': expected int"),
+     ({"name": None}, {}, "this sweep has no name: expected one"),
+     ({}, {"parameters": [1]}, "parameters of stage 'dense' is [1]: expected dict"),
+     ({}, {"notebook": "dence"}, "no notebook 'dence': expected one of acdc, avit, avit_visual, clip_zeroshot, comp")],
+)  # fmt: skip
+def test_what_a_sweep_may_not_say_is_refused_by_name(more, stage, message):
+    with pytest.raises(sweeps.SweepError) as refused:
+        sweeps.expand({"name": "s", "stages": [{"notebook": "dense", **stage}], **more}, ROOT / "notebooks")
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", ["name", "stages"])
+def test_a_sweep_has_a_name_and_stages(missing):
+    config = {"name": "s", "stages": [{"notebook": "dense"}]}
+    del config[missing]
+    with pytest.raises(sweeps.SweepError, match=f"this sweep has no {missing}"):
+        sweeps.expand(config)
+
+
+def test_keys_left_empty_are_as_if_not_there():
+    empty = {"name": None, "parameters": None, "needs": None, "threads": None, "resources": None}
+    stage = {"notebook": "dense"}
+    expected = sweeps.expand({"name": "s", "stages": [stage]}, ROOT / "notebooks")
+    found = {"name": "s", "stages": [stage | empty], "threads": None, "resources": None}
+    assert sweeps.expand(found, ROOT / "notebooks") == expected
+
+
+def test_a_stage_that_is_only_a_word_is_refused():
+    with pytest.raises(sweeps.SweepError, match="'dense' among the stages: expected"):
+        sweeps.expand({"name": "s", "stages": ["dense"]}, ROOT / "notebooks")
+
+
+# ---- what a run depends on ----------------------------------------------------------------------------------------
+
+
+def test_sources_are_what_a_notebook_imports_directly_or_not(tmp_path):
+    files = {
+        "lib/__init__.py": "",
+        "lib/direct.py": "def late():\n    from lib.inner import deep\n",
+        "lib/inner/__init__.py": "",
+        "lib/inner/deep.py": "import lib.last as last",
+        "lib/last.py": "import torch",
+        "lib/other.py": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    write_notebook(tmp_path / "notebooks" / "one.ipynb", "seed: int = 0", "from lib import direct")
+    found = {str(Path(path).relative_to(tmp_path)) if Path(path).is_absolute() else path
+             for path in sweeps.sources("one", tmp_path)}  # fmt: skip
+    assert found == {"notebooks/one.ipynb", *files} - {"lib/other.py"}
+
+
+# ---- GPUs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # locks of no one else
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """Set when a lease finds too few GPUs free; the pause that follows is short."""
+    waited, pause = threading.Event(), threading.Event()
+
+    def sleep(seconds):
+        waited.set()
+        pause.wait(0.01)
+
+    monkeypatch.setattr(sweeps.time, "sleep", sleep)
+    return waited
+
+
+class Waiting(threading.Thread):
+    """A lease in a thread: `has` is set when it has got its GPUs, which are its `devices`, given back at once."""
+
+    def __init__(self, number):
+        super().__init__(daemon=True)
+        self.number, self.has, self.devices = number, threading.Event(), None
+        self.start()
+
+    def run(self):
+        with sweeps.leased(self.number) as shown:
+            self.devices = shown["CUDA_VISIBLE_DEVICES"]
+            self.has.set()
+
+
+def test_leases_show_different_gpus_and_a_third_waits(two_gpus, waited):
+    first, second = sweeps.leased(1), sweeps.leased(1)
+    with first as one:
+        with second as two:
+            assert {one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+            third = Waiting(1)
+            assert waited.wait(60) and not third.has.is_set()
+        assert third.has.wait(60), "one was given back"
+        assert third.devices == two["CUDA_VISIBLE_DEVICES"]
+
+
+def test_a_lease_of_two_holds_none_while_it_waits(two_gpus, waited):
+    with sweeps.leased(1) as one:
+        both = Waiting(2)
+        assert waited.wait(60) and not both.has.is_set()
+        with sweeps.leased(1) as other:  # left by the one that waits for two
+            assert {one["CUDA_VISIBLE_DEVICES"], other["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+    assert both.has.wait(60) and both.devices == "0,1"
+
+
+def test_what_a_lease_shows_where_there_is_nothing_to_lease(two_gpus, monkeypatch):
+    with sweeps.leased(0) as shown:
+        assert shown == {}
+    with pytest.raises(sweeps.SweepError) as refused, sweeps.leased(3):
+        pass
+    assert str(refused.value) == "a run wants 3 GPUs: this machine shows 2"
+    monkeypatch.setattr(sweeps, "gpus_here", lambda: ["5", "7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides them
+    with sweeps.leased(1) as shown:
+        assert shown == {}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for listed in ([], ["5", "7"]):
+        monkeypatch.setattr(sweeps, "gpus_here", lambda listed=listed: listed)
+        with sweeps.leased(1) as shown:
+            assert shown == ({"CUDA_VISIBLE_DEVICES": "5"} if listed else {})
+
+
+def test_a_run_that_wants_more_gpus_than_there_are_says_so_in_one_line(two_gpus, tmp_path):
+    command = [sys.executable, "-m", "lib.sweeps", "dense", str(tmp_path / "run"), "{}", "1", "3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "a run wants 3 GPUs: this machine shows 2"
+
+
+# ---- sweeps of made-up notebooks, in a project of their own -------------------------------------------------------
+
+STEP = """
+source: str = ""  # a run that it needs
+fails: bool = False
+output_dir: str = "outputs"
+run_name: str = ""
+"""
+CODE = """
+import os
+{imports}
+from lib import runs
+run = runs.start("{name}", globals())
+assert not fails, "asked to fail"
+run.finish({{"threads": os.environ["OMP_NUM_THREADS"]}})
+"""
+
+
+def snakemake(project: Path, sweep: Path, *options: str) -> subprocess.CompletedProcess:
+    """A sweep of `project`, as make sweep calls it."""
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--cores", "2"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*command, "--configfile", str(sweep), *options], cwd=project, capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+
+
+def written(folder: Path, config: dict) -> Path:
+    """A sweep as a file, its keys in their order: runs are named after what varies, in this order."""
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return folder / "sweep.yaml"
+
+
+def done(out: Path) -> dict[str, int]:
+    """When each run of an output folder was finished, in nanoseconds."""
+    return {str(mark.parent.relative_to(out)): mark.stat().st_mtime_ns for mark in sorted(out.glob("*/*/DONE"))}
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """The project with three notebooks that take seconds: first imports lib/inner.py by lib/direct.py."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "report", "profiles"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "lib" / "direct.py").write_text("from lib import inner")
+    (folder / "lib" / "inner.py").write_text("")
+    for name, imports in {"first": "from lib import direct", "second": "", "alone": ""}.items():
+        write_notebook(folder / "notebooks" / f"{name}.ipynb", STEP, CODE.format(name=name, imports=imports))
+    return folder
+
+
+def test_a_failed_run_stops_only_what_needs_it_and_is_named_at_the_end(project):
+    stages = [
+        {"notebook": "first", "name": "bad", "parameters": {"fails": True}},
+        {"notebook": "first", "name": "good"},
+        {"notebook": "second", "name": "waits", "needs": {"source": "first/bad"}},
+        {"notebook": "second", "name": "goes", "needs": {"source": "first/good"}},
+    ]
+    result = snakemake(project, written(project, {"name": "s", "stages": stages}))
+    assert result.returncode != 0
+    out = project / "outputs"
+    assert {*done(out)} == {"first/good", "second/goes"}
+    *_, failed, waiting = result.stderr.strip().splitlines()
+    assert failed == "failed: first/bad, see outputs/first/bad/log.txt"
+    assert waiting == "not begun: second/waits, which needs it"
+    assert "AssertionError: asked to fail" in (out / "first" / "bad" / "log.txt").read_text()
+    assert "AssertionError: asked to fail" in result.stdout, "shown when it happens"
+    page = (out / "report" / "index.html").read_text()
+    assert "first: good" in page and "second: goes" in page and "first/bad" in page
+
+    stages[0]["parameters"]["fails"] = False
+    before = done(out)
+    result = snakemake(project, written(project, {"name": "s", "stages": stages}))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert done(out).items() >= before.items() and len(done(out)) == 4, "what was done is not done again"
+
+
+def test_an_edit_reruns_what_depends_on_it_and_nothing_else(project):
+    stages = [
+        {"notebook": "first", "threads": 2},
+        {"notebook": "second", "needs": {"source": "first"}},
+        {"notebook": "alone"},
+    ]
+    sweep, out = written(project, {"name": "s", "stages": stages}), project / "outputs"
+
+    def planned():
+        """What a call would run now, going by snakemake's own list."""
+        result = snakemake(project, sweep, "--summary")
+        assert result.returncode == 0, result.stderr[-2000:]
+        rows = [row.split("\t") for row in result.stdout.splitlines() if "/DONE\t" in row]
+        return {"/".join(row[0].split("/")[-3:-1]) for row in rows if row[-1] != "no update"}
+
+    result = snakemake(project, sweep)
+    assert result.returncode == 0, result.stderr[-2000:]
+    began = done(out)
+    assert {*began} == {"first/s", "second/s", "alone/s"} and planned() == set()
+    threads = {run: json.loads((out / run / "metrics.json").read_text())["threads"] for run in began}
+    assert threads == {"first/s": "2", "second/s": "1", "alone/s": "1"}
+
+    def edit(name):
+        notebook = project / "notebooks" / f"{name}.ipynb"
+        notebook.write_text(notebook.read_text().replace("asked to fail", "edited"))
+
+    (project / "notebooks" / "alone.ipynb").touch()
+    assert planned() == set(), "what it says is the same"
+    edit("second")
+    assert planned() == {"second/s"}
+    (project / "lib" / "inner.py").write_text("# edited")
+    assert planned() == {"first/s", "second/s"}
+    (out / "second" / "s" / "last").mkdir()
+    (out / "second" / "s" / "last" / "state-1.pt").touch()  # as training leaves one
+    result = snakemake(project, sweep)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {run for run, when in done(out).items() if when != began[run]} == {"first/s", "second/s"}
+    executed = (out / "second" / "s" / "notebook.ipynb").read_text()
+    assert "edited" in executed and "(new)" in executed, "from the start, by the notebook as it is now"
+    assert planned() == set()
+    edit("first")
+    assert planned() == {"first/s", "second/s"}
+
+
+# ---- the main sweep, made small -----------------------------------------------------------------------------------
+
+
+def test_the_quick_sweep_in_small(tmp_path):
+    config, out = reduced(ROOT / "sweeps" / "quick.yaml", tmp_path / "outputs"), tmp_path / "outputs"
+    planned = sweeps.expand(config, ROOT / "notebooks")
+    whole = yaml.safe_load((ROOT / "sweeps" / "quick.yaml").read_text())
+    assert len(config["stages"]) == len(whole["stages"]) and len(planned) <= 20
+
+    sweep = written(tmp_path, config)
+    result = snakemake(ROOT, sweep)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    finished = done(out)
+    assert finished.keys() >= planned.keys()
+    page = (out / "report" / "index.html").read_text()
+    for name in planned:
+        notebook, run_name = name.split("/")
+        assert f">{notebook}: {run_name}</a>" in page
+        metrics = json.loads((out / name / "metrics.json").read_text())
+        assert not {"top1", "method"} <= {*metrics} or f"accuracy {metrics['top1']:.1%}," in page
+    assert not any("Traceback" in text.read_text() for text in (out / "report").glob("*.html"))
+
+    result = snakemake(ROOT, sweep)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert done(out) == finished, "a second call has nothing to do"
