@@ -21,7 +21,7 @@ def timings(output: Path) -> pd.DataFrame:
         notebook = json.loads(file.read_text())
         facts = notebook["metadata"]["papermill"]
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        first = next(cell for cell in cells if ".start(" in "".join(cell["source"]))
+        first = next(cell for cell in cells if not {*cell["metadata"]["tags"]} & {"parameters", "injected-parameters"})
         times = {name: datetime.fromisoformat(facts[f"{name}_time"]) for name in ("start", "end")}
         started = first["metadata"]["papermill"]["duration"]
         rows.append(
