@@ -25,6 +25,8 @@ from lib.resnet import ResNet20
 PRESETS = {
     # The default of the embedded digits: 64 patches, 0.69 M parameters.
     "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    # The same for 1.84 times fewer multiply-adds, as vit_digits has on 36 px: what a method that makes it as cheap has to beat.
+    "vit_digits_narrow": {"img_size": 48, "patch_size": 6, "embed_dim": 69, "depth": 6, "num_heads": 3},
     # For 32x32 images from scratch: 64 patches; 0.68 M parameters.
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
     # For 64x64 images (Tiny ImageNet): 64 patches; 18,885,512 parameters with 200 classes.
