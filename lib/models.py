@@ -25,7 +25,7 @@ from lib.resnet import ResNet20
 PRESETS = {
     # The default of the embedded digits: 64 patches, 0.69 M parameters.
     "vit_digits": {"img_size": 48, "patch_size": 6, "embed_dim": 96, "depth": 6, "num_heads": 3},
-    # The same for 1.84 times fewer multiply-adds, as vit_digits has on 36 px: what a method that makes it as cheap has to beat.
+    # 1.84 times fewer multiply-adds, as many as vit_digits at 36 px: what a method that saves as much has to beat.
     "vit_digits_narrow": {"img_size": 48, "patch_size": 6, "embed_dim": 69, "depth": 6, "num_heads": 3},
     # For 32x32 images from scratch: 64 patches; 0.68 M parameters.
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
