@@ -5,8 +5,10 @@ BIN    := $(abspath $(VENV))/bin
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 SWEEP  ?= sweeps/quick.yaml
+SEARCH ?= searches/ucb_digits.yaml
+JOBS   ?= 1
 
-.PHONY: demo test lint bench report sweep checkpoint clean
+.PHONY: demo test lint bench report sweep search checkpoint clean
 .DEFAULT_GOAL := demo
 
 # pip leaves alone what is there; the stamp keeps a second call from asking it at all.
@@ -20,7 +22,10 @@ demo: SWEEP = sweeps/quick.yaml
 demo: sweep
 
 sweep: $(VENV)/ready
-	PATH="$(BIN):$$PATH" snakemake --profile profiles/local --cores $(CORES) --resources gpu=$(GPUS) --configfile $(SWEEP)
+	PATH="$(BIN):$$PATH" snakemake --profile profiles/local --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --configfile $(SWEEP)
+
+search: $(VENV)/ready
+	$(BIN)/python -m lib.search $(SEARCH) $(if $(TRIALS),--trials $(TRIALS)) --jobs $(JOBS)
 
 test: $(VENV)/ready lint
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)
