@@ -13,8 +13,9 @@ sweep=${1:-sweeps/quick.yaml} local=${2:-} stop=${STOP:-scancel}
 export PATH="$PWD/.venv/bin:$PATH"
 cores=$(getconf _NPROCESSORS_ONLN) # nproc would obey OMP_NUM_THREADS
 
-if ! command -v slurmctld slurmd munged > /dev/null; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null
+if ! { command -v slurmctld && command -v slurmd && command -v munged; } > /dev/null; then
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null
 fi
 
 # ---- Slurm --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Sweep files: every one expands to runs whose parameters their notebooks accept, before anything starts."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -378,6 +379,33 @@ def test_an_edit_reruns_what_depends_on_it_and_nothing_else(project):
     assert planned() == set()
     edit("first")
     assert planned() == {"first/s", "second/s"}
+
+
+# ---- the same results ---------------------------------------------------------------------------------------------
+
+
+def test_two_sweeps_are_the_same_but_for_timings(tmp_path):
+    spec = importlib.util.spec_from_file_location("same_results", ROOT / "benchmarks" / "same_results.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    def write(folder, run, **metrics):
+        (tmp_path / folder / run).mkdir(parents=True)
+        (tmp_path / folder / run / "metrics.json").write_text(json.dumps(metrics))
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert list(benchmark.compare(one, other)) == [f"no metrics.json in {one} or {other}"]
+    timings = ("latency_ms", "speedup", "wall_s", "seconds", "throughput_ips", "pareto_latency", "ceiling")
+    for folder, found in {"one": 1.0, "other": 2.0}.items():
+        write(folder, "a/same", top1=0.5, **dict.fromkeys(timings, found))
+        write(folder, "a/differs", top1=found, table=[{"f1_macro": found, "latency_ms": found}, {"macs_g": 1}])
+        write(folder, f"b/{folder}")
+    assert list(benchmark.compare(one, other)) == [
+        f"b/one: only in {one}",
+        f"b/other: only in {other}",
+        "a/differs/table/0/f1_macro: 1.0 and 2.0",
+        "a/differs/top1: 1.0 and 2.0",
+    ]
 
 
 # ---- the main sweep, made small -----------------------------------------------------------------------------------
