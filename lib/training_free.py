@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib import evaluate, models
+from lib import evaluate, models, plots, train
 from lib.blocks import UnsupportedBlock
 from lib.costs import NotCovered
 from lib.pruners import baselines
@@ -19,6 +19,10 @@ from lib.runs import Run
 from lib.starts import Start
 
 METHODS = (*baselines.DROPPING, "tome", "anchors")
+FINETUNING = (
+    *("learning_rate", "batch_size", "weight_decay", "warmup_epochs"),
+    *("label_smoothing", "augment", "precision", "num_processes"),
+)  # parameters
 COUNTED = 256  # test images on which kept patches are compared
 
 
@@ -66,6 +70,10 @@ def check(run: Run) -> None:
         free |= {"blocks", "seed"}
     if not run.params["macs_g"]:
         free |= strength
+    if run.params["finetune_epochs"]:
+        free |= {"seed"}
+    else:
+        run.refuse(*FINETUNING, because="finetune_epochs is 0")
     others = {"keep_ratio", "r", "blocks", "seed", "k_anchors", "top_m", "alpha", "start_block", "normalise_scores"}
     for name in sorted(others - free):
         ceiling = name in strength and run.params["macs_g"]
@@ -111,6 +119,17 @@ def measure(run: Run, start: Start, pruner: nn.Module, latency_batch: int) -> tu
         "share_of_ceiling": round(float(fast / limit), 3),
         "latency_ms": round(float(speed.latency_ms["pruned"]), 3),
     }, dense
+
+
+def finetune(run: Run, start: Start, pruner: nn.Module) -> dict[str, Any]:
+    """Train a pruner for run.params["finetune_epochs"] as it then runs; its scores before, `oneshot_…`, for
+    metrics.json. {} for no epochs."""
+    if not (epochs := run.params["finetune_epochs"]):
+        return {}
+    before, _ = evaluate.test(pruner.to(evaluate.device()).eval(), start.images)
+    recipe = train.Recipe.of(run.params, epochs=epochs)
+    run.figure(plots.training(train.fit(pruner, start.images, recipe, run=run), recipe.keep), "training")
+    return {"finetune_epochs": epochs} | {f"oneshot_{name}": before[name] for name in ("top1", "f1_macro", "nll_nats")}
 
 
 def agreement(predicted: evaluate.Predictions, answers: evaluate.Predictions) -> float:

@@ -353,11 +353,14 @@ def test_token_baselines_of_bare_weights(folder, dataset, dense):
 
 @pytest.mark.parametrize("method", ["tome", "anchors"])
 def test_token_baselines_under_a_ceiling(folder, dense, method):
-    values = {"model_path": str(dense), "method": method, "macs_g": 0.03, "ceilings": [], "run_name": method}
+    tuning = {"finetune_epochs": 2, "learning_rate": 1e-3, "batch_size": 8}
+    values = {"model_path": str(dense), "method": method, "macs_g": 0.03, "ceilings": [], "run_name": method} | tuning
     run, result = papermill("token_baselines", folder, ROOT / "notebooks", **values)
     assert result.returncode == 0, result.stderr[-3000:]
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = check_run(run, "training", "kept")
     assert 0.027 < metrics["macs_g"] < 0.0303 and metrics["ceilings"] == []
+    assert metrics["method"] == f"{method}-tuned" and metrics["oneshot_nll_nats"] != metrics["nll_nats"]
+    assert metrics["dense_top1"] == json.loads((dense / "metrics.json").read_text())["top1"], "dense stays as it was"
 
 
 def test_clip_zeroshot(folder, dataset, dense):

@@ -65,6 +65,8 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
      ({"seed": 1, "ceilings": []}, "seed is 1, but method is 'topk'"),
      ({"alpha": 0.1, "ceilings": []}, "alpha is 0.1, but method is 'topk'"),
      ({"method": "anchors", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'anchors'"),
+     ({"learning_rate": 1e-3}, "learning_rate is 0.001, but finetune_epochs is 0"),
+     ({"finetune_epochs": 1, "learning_rate": 1e-3, "seed": 1, "ceilings": []}, ""),
      ({"method": "anchors", "alpha": 0.1, "top_m": 3, "ceilings": []}, ""),
      ({"method": "random", "seed": 1, "blocks": [1], "ceilings": []}, ""),
      ({"method": "tome", "r": 3, "ceilings": []}, ""),
