@@ -20,11 +20,15 @@ fi
 
 # ---- Slurm --------------------------------------------------------------------------------------------------------
 
-work=$(mktemp -d) daemons=()
+work=$(mktemp -d) daemons=() snakemake=
 chmod 755 "$work" # munged wants to be reachable
 finish() {
   code=$?
   set +e
+  if kill -9 $snakemake 2> /dev/null; then # stopped half way: asked kindly, it would wait for its jobs
+    scancel --user root
+    while squeue --noheader --states=running,completing | grep -q .; do sleep 1; done
+  fi
   for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do kill "${daemons[i]}" && wait "${daemons[i]}"; done 2> /dev/null
   if [ $code = 0 ]; then rm -rf "$work"; else echo "failed: see $work" >&2; fi
   exit $code
@@ -93,7 +97,6 @@ python tests/reduced.py --whole "$sweep" "$out" > "$work/sweep.yaml"
 PATH="$work/bin:$PATH" snakemake --profile profiles/slurm --configfile "$work/sweep.yaml" --quiet all \
   --slurm-status-command squeue --slurm-init-seconds-before-status-checks 3 &
 snakemake=$!
-daemons+=($snakemake) # ends first, and cancels its jobs
 
 # The first run that has saved a state and has epochs left loses its job.
 epochs() { grep -oP '"(num_train_|finetune_)?epochs": \K\d+' "$1/params.json" || echo 0; }
@@ -112,6 +115,7 @@ job=$(squeue --noheader --format="%i %k" | awk -v job="rule_notebook_wildcards_$
 echo "$stop of job $job, $name, after $(trained "$victim") of $(epochs "$victim") epochs"
 if [ "$stop" = kill ]; then kill -9 "$(cat "$victim/lock.pid")"; else scancel "$job"; fi
 wait $snakemake
+snakemake=
 elapsed "Slurm sweep"
 
 squeue --noheader --states=all --format="%T" | sort | uniq -c
