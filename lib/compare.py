@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 
 from lib import evaluate
-from lib.runs import resolve
+from lib.runs import NOT_IDENTITY, resolve
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
-NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", "output_dir", "run_name", "resume")
+NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", *NOT_IDENTITY)
 # What evaluate.classification says of predictions, besides the accuracy of each class.
 SCORES = (
     *("top1", "top5", "precision_macro", "recall_macro", "f1_macro"),
@@ -115,17 +115,20 @@ def name_of(run: Path) -> str:
 def _making(run: Path) -> str:
     """How a run was made, seeds and places aside: its parameters, and those of the runs it started from."""
     start = Path(read(run, "provenance").get("start") or "") if (run / "provenance.json").exists() else Path()
-    params = {name: value for name, value in read(run, "params").items()
-              if name not in NOT_MAKING and resolve(str(value)) != str(start)}  # fmt: skip
+    named = lambda value: str(value).endswith(start.name) and resolve(str(value)) == str(start)  # noqa: E731
+    params = {name: value for name, value in read(run, "params").items() if name not in NOT_MAKING and not named(value)}
     above = _making(start) if (start / "params.json").is_file() else str(start)
     return json.dumps([run.parent.name, params, above], sort_keys=True)
 
 
 def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
-    """The table with each arm's time and speedup as evaluate.latency measured them (its `model` is the arm)."""
-    columns = ["latency_ms", "latency_iqr_ms", "throughput_ips", "batch_size", "speedup", "speedup_iqr"]
-    measured = speed.rename(columns={"model": "arm"})[["arm", *columns]]
-    return table.drop(columns=columns, errors="ignore").merge(measured, on="arm", how="left")
+    """The table with each arm's time and speedup as evaluate.latency measured them (its `model` is the arm), and
+    of_ceiling, the share it reaches of the speed of `ceiling of <arm>`, where that was timed too."""
+    columns = ["latency_ms", "latency_iqr_ms", "throughput_ips", "batch_size", "speedup", "speedup_iqr", "of_ceiling"]
+    limits = speed.set_index("model").speedup.rename(lambda name: name.removeprefix("ceiling of "))
+    limits = limits[speed.model.str.startswith("ceiling of ").to_numpy()]
+    measured = speed.assign(of_ceiling=speed.speedup / speed.model.map(limits)).rename(columns={"model": "arm"})
+    return table.drop(columns=columns, errors="ignore").merge(measured[["arm", *columns]], on="arm", how="left")
 
 
 def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
@@ -145,7 +148,7 @@ def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
         row = {"arm": arm, "method": first.method, "keep_ratio": first.keep_ratio, "seeds": len(runs), metric: mean}
         row |= {"±": half, "difference": mean - table[metric][table.arm == against].mean()}
         row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"], "macs_g": first.macs_g}
-        shown = ("f1_macro", "params_m", "latency_ms", "speedup", "mean_depth", "foreground_recall")
+        shown = ("f1_macro", "params_m", "latency_ms", "speedup", "of_ceiling", "mean_depth", "foreground_recall")
         row |= {name: float(runs[name].mean()) for name in shown if name in table}
         rows.append({**row, "n_test": int(first.n)})
     found = pd.DataFrame(rows)
@@ -179,7 +182,7 @@ def _scores(run: str, classes: Sequence[str]) -> dict[str, Any]:
     wanted = {*SCORES, "per_class_accuracy"} - ({"top5"} if len(classes) < 5 else set())
     if wanted <= found.keys():
         return found
-    logits, labels = (torch.from_numpy(array) for array in _predictions(run))
+    logits, labels = (torch.from_numpy(array) for array in predictions(run))
     return evaluate.classification(logits, labels, classes=classes) | found
 
 
@@ -193,14 +196,14 @@ def baseline_arm(table: pd.DataFrame, baseline: str) -> str:
     return str(runs.arm.iloc[0])
 
 
-def _predictions(run: str) -> tuple[np.ndarray, np.ndarray]:
+def predictions(run: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C) and labels (N,) of the test images."""
     with np.load(Path(run) / "test.npz") as arrays:
         return arrays["logits"], arrays["labels"]
 
 
 def _correct(run: str) -> np.ndarray:
-    logits, labels = _predictions(run)
+    logits, labels = predictions(run)
     return logits.argmax(axis=1) == labels
 
 

@@ -24,9 +24,11 @@ from lib.statistics import (
     mcnemar,
     mean_ci,
     overlap,
+    overlaps,
     paired_bootstrap,
     pareto,
     rank_correlation,
+    temperature,
 )
 
 __all__ = [
@@ -49,10 +51,12 @@ __all__ = [
     "mcnemar",
     "mean_ci",
     "overlap",
+    "overlaps",
     "paired_bootstrap",
     "pareto",
     "predict",
     "rank_correlation",
+    "temperature",
     "test",
     "traces",
     "vit_macs",

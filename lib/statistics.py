@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -170,6 +171,30 @@ def overlap(kept_a: Tensor | Sequence[Tensor], kept_b: Tensor | Sequence[Tensor]
     rows = zip(_index_rows(kept_a, batch), _index_rows(kept_b, batch), strict=True)
     pairs = [(set(a.tolist()), set(b.tolist())) for a, b in rows]
     return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]))
+
+
+def overlaps(sets: Mapping[str, Tensor | Sequence[Tensor]]) -> DataFrame:
+    """`overlap` of each two of several kept sets, by name."""
+    import pandas as pd
+
+    return pd.DataFrame({a: {b: overlap(sets[a], sets[b]) for b in sets} for a in sets})
+
+
+def temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
+    """The T > 0 for which softmax(logits / T) has the least NLL: what calibrates a model, fitted on validation images.
+
+    logits (N, C), labels (N,). Within e⁻⁵ … e⁵: a model that is never wrong there has no best T.
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    from scipy import optimize
+
+    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
+    if not len(labels) or logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(
+            f"temperature: found {tuple(logits.shape)} and {tuple(labels.shape)}, expected (N, C) and (N,)"
+        )
+    nll = lambda log_t: F.cross_entropy(logits / math.exp(log_t), labels).item()  # noqa: E731
+    return math.exp(optimize.minimize_scalar(nll, bounds=(-5, 5), method="bounded", options={"xatol": 1e-6}).x)
 
 
 def _mean(values: Tensor) -> float | None:

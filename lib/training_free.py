@@ -232,11 +232,6 @@ def kept_in(pruners: Mapping[str, TokenPruner], images: Any) -> dict[str, list[T
     return {name: kept(pruner, x) for name, pruner in pruners.items() if not isinstance(pruner, baselines.ToMe)}
 
 
-def overlaps(sets: Mapping[str, Sequence[Tensor]]) -> pd.DataFrame:
-    """Mean over images of |A ∩ B| / |A ∪ B| for the kept sets of each two methods."""
-    return pd.DataFrame({a: {b: evaluate.overlap(sets[a], sets[b]) for b in sets} for a in sets})
-
-
 def foreground(sets: Mapping[str, Sequence[Tensor]], start: Start) -> pd.DataFrame | None:
     """Precision and recall of the foreground among the sets of `kept_in`, a row per method; None without masks."""
     test = start.images.test

@@ -202,7 +202,7 @@ def test_agreement_by_hand():
 def test_overlaps_by_hand():
     sets = {"a": [torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1])], "b": [torch.tensor([2, 3]), torch.tensor([0, 1])],
             "c": [torch.tensor([7, 8]), torch.tensor([1, 2])]}  # fmt: skip
-    table = training_free.overlaps(sets)
+    table = evaluate.overlaps(sets)
     third = 1 / 3  # {0, 1} and {1, 2}
     assert np.allclose(table, [[1, 0.75, third / 2], [0.75, 1, third / 2], [third / 2, third / 2, 1]])
     assert [*table.index] == [*table.columns] == ["a", "b", "c"]
