@@ -101,11 +101,7 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
     """
     found = {}
     for name, model in shown.items():
-        if (
-            not isinstance(model, TokenPruner)
-            or type(model).block is TokenPruner.block
-            and not hasattr(model, "counts")
-        ):
+        if not isinstance(model, TokenPruner) or isinstance(model, FixedPatches):
             continue
         if hasattr(model, "counts"):
             tokens = model.counts()[1]
