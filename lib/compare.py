@@ -115,7 +115,7 @@ def name_of(run: Path) -> str:
 def _making(run: Path) -> str:
     """How a run was made, seeds and places aside: its parameters, and those of the runs it started from."""
     start = Path(read(run, "provenance").get("start") or "") if (run / "provenance.json").exists() else Path()
-    named = lambda value: str(value).endswith(start.name) and resolve(str(value)) == str(start)  # noqa: E731
+    named = lambda value: isinstance(value, str) and resolve(value) == str(start)  # noqa: E731
     params = {name: value for name, value in read(run, "params").items() if name not in NOT_MAKING and not named(value)}
     above = _making(start) if (start / "params.json").is_file() else str(start)
     return json.dumps([run.parent.name, params, above], sort_keys=True)

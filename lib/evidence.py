@@ -66,7 +66,7 @@ def volumes(summary: pd.DataFrame, metric: str, baseline: str, classes: int) -> 
     The reference is the baseline's MACs and chance; `volume` is the share of what a free and perfect method would have.
     summary: of compare.summary; baseline: an arm.
     """
-    most, chance = summary.macs_g[summary.arm == baseline].iloc[0], 1 / classes
+    most, chance = summary.macs_g[summary.arm == baseline].iloc[0], (5 if metric == "top5" else 1) / classes
     whole = most * (1 - chance)
     rows = [{"method": method, "arms": len(rows), "cheapest": rows.macs_g.min(), "best": rows[metric].max(),
              "volume": evaluate.hypervolume(rows, "macs_g", metric, (most, chance)) / whole}
@@ -107,7 +107,7 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
             tokens = model.counts()[1]
         else:
             kept = model.trace(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device)).kept
-            tokens = [model.prefix + round(float(np.mean([len(ids) for ids in block]))) for block in kept]
+            tokens = [max(1, model.prefix + round(float(np.mean([len(ids) for ids in block])))) for block in kept]
         found[name] = FirstTokens(model.vit, np.minimum.accumulate(tokens).tolist()).eval()
     return found
 

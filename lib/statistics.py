@@ -189,7 +189,7 @@ def temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> flo
     from scipy import optimize
 
     logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
-    if not len(labels) or logits.ndim != 2 or len(logits) != len(labels):
+    if not len(labels) or logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"temperature: found {tuple(logits.shape)} and {tuple(labels.shape)}, expected (N, C) and (N,)"
         )
