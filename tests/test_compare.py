@@ -65,6 +65,41 @@ def test_a_parameter_that_names_the_start_says_nothing_of_how_a_run_was_made(tmp
     assert arms(tmp_path)[0] == {"dense 1": [0, 1], "dense-tuned 1": [0, 1]}
 
 
+@pytest.mark.parametrize("given", ["absolute", "relative", "with a slash", "by a link"])
+def test_a_start_is_known_however_its_path_is_given(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        start = run(tmp_path, f"dense/s{seed}", method=None, seed=seed)
+        (tmp_path / f"link{seed}").symlink_to(start)
+        weights = {"absolute": str(start), "relative": f"dense/s{seed}", "with a slash": f"dense/s{seed}/",
+                   "by a link": f"link{seed}"}[given]  # fmt: skip
+        run(tmp_path, f"eap/r{seed}", method="eap", seed=seed, params={"model_path": weights}, start=start)
+    assert arms(tmp_path)[0] == {"eap 0.5": [0, 1]}
+
+
+def test_another_path_of_the_same_name_is_part_of_how_a_run_was_made(tmp_path):
+    start = run(tmp_path, "dense/one", method=None)
+    for name in ("a", "b"):
+        (tmp_path / name / "one").mkdir(parents=True)
+        params = {"model_path": str(start), "teacher": str(tmp_path / name / "one"), "like": "one"}
+        run(tmp_path, f"eap/by_{name}", method="eap", params=params, start=start)
+    assert arms(tmp_path)[0] == {"eap 0.5 (by_a)": [0], "eap 0.5 (by_b)": [0]}
+
+
+def test_arms_of_hundreds_of_runs(tmp_path, monkeypatch):
+    """50 ratios in two ways with three seeds each, on starts of their own seed, named by any path."""
+    monkeypatch.chdir(tmp_path)
+    starts = [run(tmp_path, f"dense/s{seed}", method="dense", ratio=1.0, seed=seed) for seed in range(3)]
+    for place in range(300):
+        ratio, way, seed = 1 + place // 6, place // 3 % 2, place % 3
+        weights = str(starts[seed]) if ratio % 2 else f"dense/s{seed}"
+        params = {"model_path": weights, "beta": way, "parts": ["head", "neuron"]}
+        run(tmp_path, f"ucb/r{place}", ratio=ratio / 100, seed=seed, params=params, start=starts[seed])
+    found, left_out = arms(tmp_path)
+    named = {f"ucb {(1 + place // 6) / 100:g} (r{place})": [0, 1, 2] for place in range(0, 300, 3)}
+    assert found == named | {"dense 1": [0, 1, 2]} and not left_out
+
+
 def test_runs_from_differently_made_starts_are_different_arms(tmp_path):
     for beta in (0, 1):
         start = run(tmp_path, f"stage1/b{beta}", method=None, params={"beta": beta})
@@ -133,6 +168,22 @@ def test_summary(table):
         compare.summary(table, "top5", "dense")
     with pytest.raises(compare.CompareError, match="no run of baseline 'tome' here: expected one of dense"):
         compare.summary(table, "top1", "tome")
+
+
+def test_speed_is_a_share_of_the_ceilings_where_that_was_timed(table):
+    assert table.of_ceiling.isna().all(), "no ceiling was timed"
+    speeds = {"dense 1": 1.0, "ucb 0.5": 1.5, "random 0.5": 2.0}
+    speeds |= {"ceiling of ucb 0.5": 2.5, "ceiling of random 0.5": 1.6}
+    names = ["latency_ms", "latency_iqr_ms", "throughput_ips", "batch_size", "speedup_iqr"]
+    speed = pd.DataFrame({"model": [*speeds], "speedup": [*speeds.values()]}).assign(**dict.fromkeys(names, 7.0))
+    again = compare.with_speed(table, speed)
+    assert again.arm.tolist() == table.arm.tolist(), "a ceiling is no arm"
+    assert [*again.columns] == [*table.columns], "no column is there twice"
+    assert (again.latency_ms == 7).all() and again.speedup.tolist() == again.arm.map(speeds).tolist()
+    shares = {"dense 1": np.nan, "ucb 0.5": 1.5 / 2.5, "random 0.5": 2.0 / 1.6}
+    found = compare.summary(again, "top1", "dense").set_index("arm").of_ceiling
+    assert found.to_dict() == pytest.approx(shares, nan_ok=True)
+    assert again.of_ceiling.tolist() == pytest.approx([shares[arm] for arm in again.arm], nan_ok=True)
 
 
 def test_baseline_is_a_method_or_an_arm_and_without_runs_the_first_model(table):

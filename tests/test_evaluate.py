@@ -27,9 +27,11 @@ from lib.evaluate import (
     mcnemar,
     mean_ci,
     overlap,
+    overlaps,
     paired_bootstrap,
     pareto,
     predict,
+    temperature,
     traces,
     vit_macs,
 )
@@ -491,6 +493,49 @@ def test_mean_ci():
             mean_ci(bad)
 
 
+# temperature
+
+
+def calibrated(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of which softmax(logits / scale) says exactly how often each label occurs."""
+    rows = [(1, 7, 2), (4, 4, 2), (3, 1, 6), (8, 1, 1)]  # labels 0, 1 and 2 of ten images each
+    logits = [row for row in rows for _ in range(10)]
+    labels = [label for row in rows for label, count in enumerate(row) for _ in range(count)]
+    return scale * torch.tensor(logits).double().log() + 3.0, torch.tensor(labels)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.7, 1.0, 2.5, 40.0])
+def test_temperature_undoes_a_scale(scale):
+    logits, labels = calibrated(scale)
+    assert temperature(logits, labels) == pytest.approx(scale, rel=1e-4)
+    assert temperature(logits.float().numpy(), labels.numpy()) == pytest.approx(scale, rel=1e-4)
+
+
+def test_temperature_has_the_least_nll():
+    logits, labels = random_predictions()
+    found = temperature(logits, labels)
+    best, *others = (
+        classification(logits / (found * factor), labels)["nll_nats"] for factor in (1, 0.99, 1.01, 1 / found)
+    )
+    assert best < min(others)
+
+
+def test_temperature_is_bounded_where_there_is_no_best():
+    logits = torch.eye(3).repeat(4, 1)
+    always, never = logits.argmax(dim=1), (logits.argmax(dim=1) + 1) % 3
+    found = temperature(logits, always)
+    assert math.exp(-5) <= found < 0.05 and classification(logits / found, always)["nll_nats"] < 1e-9
+    assert temperature(logits, never) == pytest.approx(math.exp(5), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "logits, labels", [((0, 3), (0,)), ((2, 3), (3,)), ((4,), (4,)), ((2, 3, 1), (2,)), ((2, 3), (2, 1))]
+)
+def test_temperature_refuses_other_shapes(logits, labels):
+    with pytest.raises(ValueError, match="temperature: found .* expected .N, C. and .N,."):
+        temperature(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
+
+
 # kept patches
 
 
@@ -580,6 +625,18 @@ def test_overlap_by_hand():
     assert overlap([empty, torch.tensor([1])], [empty, empty]) == 1 / 2
     with pytest.raises(ValueError, match="kept: found 2 rows"):
         overlap(torch.zeros(2, 1), torch.zeros(3, 1))
+
+
+def test_overlaps_are_those_of_each_two():
+    generator = torch.Generator().manual_seed(0)
+    sets = {"a": torch.rand(5, 16, generator=generator).argsort(dim=1)[:, :6], "b": torch.arange(9)}
+    sets["c"] = [torch.arange(count) for count in (0, 1, 5, 16, 3)]
+    table = overlaps(sets)
+    assert [*table.index] == [*table.columns] == ["a", "b", "c"]
+    assert np.array_equal(table, table.T) and np.array_equal(np.diag(table), np.ones(3))
+    for one, other in (("a", "b"), ("a", "c"), ("b", "c")):
+        assert table[one][other] == overlap(sets[one], sets[other]) and 0 < table[one][other] < 1
+    assert overlaps({}).empty
 
 
 def test_import_is_light():

@@ -217,11 +217,34 @@ def test_compare(comparison):
         assert row["throughput_ips"] == pytest.approx(1000 * row["batch_size"] / row["latency_ms"])
         assert row["latency_ms"] == pytest.approx(arms[arm]["latency_ms"]) and row["top1"] == arms[arm]["top1"]
     assert len(metrics["advice"]) == 5
+    check_evidence(metrics, arms)
     assert {picture.stem for picture in (run / "figures").glob("*.png")} == {
-        *("kept", "accuracy_macs", "accuracy_latency", "evaluation_results")
+        *("kept", "overlap", "accuracy_macs", "accuracy_latency", "evaluation_results")
     }
     assert (run / "runs.csv").exists() and (run / "runs.parquet").exists() and (run / "summary.csv").exists()
     assert "ucb_stage2/half: not finished" in printed
+
+
+def check_evidence(metrics: dict, arms: dict[str, dict]) -> None:
+    """What a comparison says beside its summary, whose rows are `arms`."""
+    tables = {name: {row["arm"]: row for row in metrics[name]} for name in ("paired", "calibration", "foreground")}
+    assert tables["paired"].keys() == tables["calibration"].keys() == arms.keys()
+    for arm, row in tables["paired"].items():
+        assert row["p"] == arms[arm]["p"] and row["low"] <= row["difference"] <= row["high"], arm
+        assert (row["p_holm"] is None) if arm == metrics["baseline"] else row["p"] <= row["p_holm"] <= 1
+    volumes = {row["method"]: row["volume"] for row in metrics["volumes"]}
+    assert volumes.keys() == {row["method"] for row in arms.values()} and volumes["dense"] == 0
+    assert 0 <= volumes["ucb"] <= 1 and [*volumes.values()] == sorted(volumes.values(), reverse=True)
+    dense, theirs = ({**tables["calibration"][arm], "arm": 0} for arm in ("dense 1", "theirs"))
+    assert dense["temperature"] > 0 and dense == pytest.approx(theirs, rel=1e-3), "the same weights"
+    pruned = {"ucb 0.25", "avit-finetuned ponder 0.03"}
+    assert pruned <= tables["foreground"].keys() <= arms.keys() - {"dense 1", "theirs"}
+    for row in tables["foreground"].values():
+        assert row["precision_random"] == pytest.approx(6 / 64) and 0 <= row["precision"] <= 1
+    timed = {row["model"]: row["speedup"] for row in metrics["speed"]}
+    share = timed["avit-finetuned ponder 0.03"] / timed["ceiling of avit-finetuned ponder 0.03"]
+    assert arms["avit-finetuned ponder 0.03"]["of_ceiling"] == pytest.approx(share)
+    assert arms["ucb 0.25"]["of_ceiling"] is arms["dense 1"]["of_ceiling"] is None, "they choose nothing"
 
 
 @pytest.fixture(scope="module")
