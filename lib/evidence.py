@@ -108,7 +108,8 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
         else:
             kept = model.trace(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device)).kept
             tokens = [max(1, model.prefix + round(float(np.mean([len(ids) for ids in block])))) for block in kept]
-        found[name] = FirstTokens(model.vit, np.minimum.accumulate(tokens).tolist()).eval()
+        whole = not hasattr(model, "counts")  # A-ViT's tokens leave between blocks
+        found[name] = FirstTokens(model.vit, np.minimum.accumulate(tokens).tolist(), whole_blocks=whole).eval()
     return found
 
 

@@ -100,6 +100,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """In a process that `launch` started: do the job. The first process hands its plain values and tensors to the one
     that waits, and any process what it raised."""
     file = Path(sys.argv[1])
+    runs.keep_memory()
     try:
         try:
             job = pickle.loads(file.read_bytes())

@@ -443,3 +443,19 @@ def test_the_ceiling_runs_as_many_tokens_and_chooses_none(family):
         assert evaluate.macs(ceiling, x)["macs_g"] == evaluate.macs(pruner, x)["macs_g"], "grid chooses for nothing too"
     kept = ceiling.trace(x).kept
     assert all(torch.equal(ids, torch.arange(ids.shape[1]).expand_as(ids)) for ids in kept)
+
+
+@pytest.mark.parametrize("family", ["vit", "no class token"])
+def test_a_ceiling_of_whole_blocks_lets_tokens_go_before_a_block(family):
+    vit = make(family)
+    x, seen = images(vit), []
+    prefix = vit.num_prefix_tokens
+    for block in vit.blocks:
+        block.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    ceiling = FirstTokens(vit, [prefix + 16, prefix + 9, prefix + 4], whole_blocks=True)
+    assert [ids.shape[1] for ids in ceiling.trace(x).kept] == [16, 9, 4]
+    assert seen == [prefix + 16, prefix + 9, prefix + 4]
+    with torch.no_grad():
+        tokens = vit.blocks[0](ceiling.embed(x))[:, : prefix + 9]
+        tokens = vit.blocks[2](vit.blocks[1](tokens)[:, : prefix + 4])
+        torch.testing.assert_close(ceiling(x), vit.forward_head(vit.norm(tokens)), rtol=0, atol=1e-11)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -294,3 +295,24 @@ def test_finished_runs_are_found_by_a_glob_from_the_project_or_from_anywhere(tmp
     assert runs.finished("outputs/dense/*") == runs.finished(f"{project}/outputs/*/*") == expected
     with pytest.raises(runs.RunError, match=r"no finished run in outputs/avit/\*"):
         runs.finished("outputs/avit/*")
+
+
+def test_a_process_keeps_the_memory_that_it_frees():
+    """Large tensors come and go without new pages; a process that did not ask for it gets them anew each time."""
+    code = """
+import resource, torch
+{ask}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def use(): return [torch.ones(500_000) for _ in range(20)]
+use()
+before = faults()
+for _ in range(10): use()
+print(faults() - before)
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+    found = [
+        int(subprocess.run([sys.executable, "-c", code.format(ask=ask)], capture_output=True, text=True).stdout)
+        for ask in ("from lib import runs; runs.keep_memory()", "")
+    ]
+    assert 10 * found[0] < found[1], found

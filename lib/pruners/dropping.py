@@ -99,23 +99,25 @@ class Dropping(TokenPruner):
 class FirstTokens(TokenPruner):
     """What a method of these counts could reach at most: the same blocks, and the first tokens for chosen ones.
 
-    mlp_counts: tokens of every block's MLP, prefix tokens included, as `counts` gives them.
+    mlp_counts: tokens of every block's MLP, prefix tokens included, as `counts` gives them. whole_blocks: tokens leave
+    before a block, as with A-ViT, and not between its attention and its MLP.
     """
 
-    def __init__(self, vit: nn.Module, mlp_counts: Sequence[int]):
+    def __init__(self, vit: nn.Module, mlp_counts: Sequence[int], whole_blocks: bool = False):
         super().__init__(vit)
-        self.mlp_counts = list(mlp_counts)
+        self.mlp_counts, self.whole_blocks = list(mlp_counts), whole_blocks
 
     @property
     def arguments(self) -> dict:
-        return {"mlp_counts": self.mlp_counts}
+        return {"mlp_counts": self.mlp_counts, "whole_blocks": self.whole_blocks}
 
     def block(self, index: int, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         block, count = self.vit.blocks[index], self.mlp_counts[index]
-        if count == x.shape[1]:
-            return block(x), ids
+        ids = ids[:, : count - self.prefix]
+        if count == x.shape[1] or self.whole_blocks:
+            return block(x[:, :count]), ids
         x, *_ = blocks.attended(block, x)
-        return blocks.add_mlp(block, x[:, :count]), ids[:, : count - self.prefix]
+        return blocks.add_mlp(block, x[:, :count]), ids
 
 
 def predicted_macs(pruner: TokenPruner) -> float:
