@@ -305,6 +305,7 @@ import resource, torch
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def use(): return [torch.ones(500_000) for _ in range(20)]
 use()
+use(); use()
 before = faults()
 for _ in range(10): use()
 print(faults() - before)
