@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from lib import data, evaluate, models, runs
-from lib.pruners import baselines
+from lib.pruners import rankings
 from lib.pruners.tokens import FixedPatches, kept_count
 
 
@@ -44,10 +44,10 @@ def main() -> None:
         return evaluate.classification(*found)["top1"]
 
     sets = {"ucb": stage1.ranked(ratio), "worst": stage1.patch_scores().argsort()[:k]}
-    sets |= {"centre": baselines.centre_set(grid, ratio), "spread": spread_set(grid, k)}
+    sets |= {"centre": rankings.centre_set(grid, ratio), "spread": spread_set(grid, k)}
     sets |= {f"block {index}": row.argsort(descending=True, stable=True)[:k] for index, row in enumerate(counts)}
     rows = {name: accuracy(kept) for name, kept in sets.items()}
-    drawn = pd.Series([accuracy(baselines.random_set(grid, ratio, seed)) for seed in range(arguments.random_sets)])
+    drawn = pd.Series([accuracy(rankings.random_set(grid, ratio, seed)) for seed in range(arguments.random_sets)])
     rows |= {f"random, mean of {len(drawn)}": drawn.mean(), "random, standard deviation": drawn.std()}
     print(f"{images.name}: {k} of {stage1.patches} patches, {len(images.val)} validation images, no fine-tuning")
     print(pd.Series(rows).round(4).to_string())

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from lib import data, evaluate, models, runs
-from lib.pruners import acdc, baselines, components, eap, surgery
+from lib.pruners import acdc, components, eap, rankings, surgery
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     batches = [(evaluate.inputs(looked_at.images[i : i + 32], images), torch.as_tensor(looked_at.labels[i : i + 32]))
                for i in range(0, len(looked_at), 32)]  # fmt: skip
 
-    scores = {"fisher": eap.scores(vit, batches)} | {name: make(vit) for name, make in baselines.PARTS.items()}
+    scores = {"fisher": eap.scores(vit, batches)} | {name: make(vit) for name, make in rankings.PARTS.items()}
     table = acdc.against(acdc.effects(vit, [x for x, _ in batches[:2]], ("head", "neuron")), scores)
     print("Spearman's rank correlation with the KL of removing each head, each group of 64 neurons alone:")
     print(evaluate.rank_correlation(table, "effect", by="kind").round(2).to_string(), "\n", flush=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import evaluate, models, runs
-from lib.pruners import baselines
+from lib.pruners import rankings
 from lib.pruners.tokens import FixedPatches
 from lib.pruners.ucb import UCB
 
@@ -40,7 +40,7 @@ def frozen_against_ceiling(arch: str, batch: int, repeats: int) -> pd.DataFrame:
     images = torch.randn(batch, 3, *dense.patch_embed.img_size)
     rows = []
     for ratio in (0.7, 0.5, 0.3):
-        kept = baselines.random_set(dense.patch_embed.grid_size, ratio)
+        kept = rankings.random_set(dense.patch_embed.grid_size, ratio)
         frozen = FixedPatches(copy.deepcopy(dense), kept).eval()
         arms = {"dense": dense, "frozen": frozen, "ceiling": Ceiling(frozen, batch).eval()}
         over_dense = evaluate.latency(arms, images, repeats=repeats, device=evaluate.device()).set_index("model")

@@ -10,7 +10,7 @@ from families import FAMILIES, images, make
 from torch import nn
 
 from lib import blocks, evaluate
-from lib.pruners import baselines
+from lib.pruners import rankings
 from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -83,7 +83,7 @@ def test_non_square_images_and_remainders():
 def test_macs_of_a_fixed_set_follow_the_closed_form(family, ratio):
     vit = make(family)
     patches, prefix, d = vit.patch_embed.num_patches, vit.num_prefix_tokens, 48
-    kept = baselines.random_set(vit.patch_embed.grid_size, ratio)
+    kept = rankings.random_set(vit.patch_embed.grid_size, ratio)
     N, k, hidden = prefix + len(kept), len(kept), vit.blocks[0].mlp.fc1.out_features
     per_block = N * (4 * d * d + 2 * d * hidden) + 2 * N * N * d
     size = vit.patch_embed.patch_size[0]
@@ -96,7 +96,7 @@ def test_macs_of_a_fixed_set_follow_the_closed_form(family, ratio):
 
 def test_macs_of_vit_tiny_at_three_tenths():
     vit = timm.create_model("vit_tiny_patch16_224").eval()
-    frozen = FixedPatches(vit, baselines.random_set((14, 14), 0.3))
+    frozen = FixedPatches(vit, rankings.random_set((14, 14), 0.3))
     N, d = 59, 192
     expected = 12 * (N * 12 * d * d + 2 * N * N * d) + 58 * 768 * d + d * 1000
     assert evaluate.closed_form_macs(frozen.vit) == expected
@@ -202,13 +202,13 @@ def test_kept_count_is_not_fooled_by_floats():
 
 
 def test_centre_and_random_sets():
-    assert baselines.centre_set((4, 4), 0.25).tolist() == [5, 6, 9, 10]
-    assert baselines.centre_set((3, 5), 1 / 15).tolist() == [7]
-    assert baselines.centre_set((4, 4), 1.0).tolist() == list(range(16))
-    first, again, other = (baselines.random_set((8, 8), 0.5, seed) for seed in (0, 0, 1))
+    assert rankings.centre_set((4, 4), 0.25).tolist() == [5, 6, 9, 10]
+    assert rankings.centre_set((3, 5), 1 / 15).tolist() == [7]
+    assert rankings.centre_set((4, 4), 1.0).tolist() == list(range(16))
+    first, again, other = (rankings.random_set((8, 8), 0.5, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(first.unique()) == 32
     often = torch.zeros(16)
     for seed in range(400):
-        often[baselines.random_set((4, 4), 0.5, seed)] += 1
+        often[rankings.random_set((4, 4), 0.5, seed)] += 1
     assert (often - 200).abs().max() < 60  # 6 sigma of a binomial: every patch is drawn as often as the others

@@ -4,17 +4,17 @@ import pytest
 import torch
 from families import make
 
-from lib.pruners import baselines, components, eap
+from lib.pruners import components, eap, rankings
 from lib.pruners.surgery import Plan, remove
 
 
-@pytest.mark.parametrize("name", baselines.PARTS)
+@pytest.mark.parametrize("name", rankings.PARTS)
 @pytest.mark.parametrize("family", ["vit", "layerscale", "qk norm", "scaled norms"])
 def test_there_is_a_score_for_each_part_that_is_there(name, family):
     vit = make(family)
     if family != "scaled norms":
         vit = remove(vit, Plan(heads=[[0], [], [0, 2]], neurons=[[0, 1], None, []]))
-    scores, there = baselines.PARTS[name](vit), components.exist(vit)
+    scores, there = rankings.PARTS[name](vit), components.exist(vit)
     assert {*scores} == {*components.KINDS}
     for kind, mask in there.items():
         assert torch.equal(~scores[kind].isnan(), mask), kind
@@ -24,7 +24,7 @@ def test_there_is_a_score_for_each_part_that_is_there(name, family):
 
 def test_magnitude_is_the_norm_of_what_removal_takes_away():
     vit = make("vit")
-    found, total = baselines.magnitude_parts(vit), sum(p.square().sum() for p in vit.parameters())
+    found, total = rankings.magnitude_parts(vit), sum(p.square().sum() for p in vit.parameters())
     for part in components.of(vit, group_size=1, parts=("head", "neuron", "block"))[::37]:
         small = remove(vit, components.plan(vit, [part]))
         gone = total - sum(p.square().sum() for p in small.parameters())
@@ -33,5 +33,5 @@ def test_magnitude_is_the_norm_of_what_removal_takes_away():
 
 def test_random_is_drawn_by_its_seed():
     vit = make("vit")
-    first, again, other = (baselines.random_parts(vit, seed) for seed in (0, 0, 1))
+    first, again, other = (rankings.random_parts(vit, seed) for seed in (0, 0, 1))
     assert torch.equal(first["head"], again["head"]) and not torch.equal(first["head"], other["head"])
