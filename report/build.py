@@ -1,16 +1,21 @@
 """Render every executed notebook of an output folder to HTML, with an index page: python report/build.py outputs
 
-The index shows the newest comparison (what was dropped, what it cost, what it bought) and every run with its
-pictures, its numbers and the command that makes it again. It opens from disk and loads nothing from elsewhere.
+The index shows the newest comparison (which method at which budget, how sure that is, what it cost and what it
+bought) and every run with its picture, its numbers and the command that makes it again. It opens from disk and loads
+nothing from elsewhere.
 """
 
 import base64
+import csv
 import io
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import commands
+import comparison
 import jinja2
 import nbformat
 from latex2mathml.converter import convert
@@ -18,32 +23,22 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-FIRST = ("kept", "counts", "maps", "depth", "training")  # the figure that stands for a run: the first of these it has
+# the figure that stands for a run: the first of these it has
+FIRST = ("accuracy_macs", "kept", "counts", "maps", "depth", "parts", "states", "confusion")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
-COLUMNS = {
-    "arm": ("method, setting", "{}"),
-    "seeds": ("seeds", "{}"),
-    "top1": ("accuracy", "{:.1%}"),
-    "±": ("± 95 %", "{:.1%}"),
-    "difference": ("to baseline", "{:+.1%}"),
-    "p": ("p", "{:.1g}"),
-    "f1_macro": ("macro-F1", "{:.3f}"),
-    "macs_g": ("GMACs", "{:.3f}"),
-    "params_m": ("M parameters", "{:.2f}"),
-    "latency_ms": ("ms / batch", "{:.1f}"),
-    "speedup": ("speed", "{:.2f}×"),
-    "mean_depth": ("blocks / patch", "{:.2f}"),
-    "foreground_recall": ("foreground kept", "{:.0%}"),
-}
+BACK = '<p style="padding: 0 1rem"><a href="index.html">← the report</a></p>'
+WIDEST = 2.2  # shape of a thumbnail: what is wider or higher shows its first part
 
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def embedded(picture: Path, width: int) -> str:
-    """A picture as a data URI, at most `width` pixels wide."""
+def embedded(picture: Path, width: int, thumbnail: bool = False) -> str:
+    """A picture as a data URI, at most `width` pixels wide; as a thumbnail the first part of what is long."""
     with Image.open(picture) as image:
+        if thumbnail:
+            image = image.crop((0, 0, min(image.width, int(WIDEST * image.height)), min(image.height, image.width)))
         image.thumbnail((width, 10 * width))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=88)
@@ -70,23 +65,87 @@ def render(notebook: Path, page: Path) -> None:
     title = f"{notebook.parent.parent.name}/{notebook.parent.name}"
     text = exporter.from_notebook_node(content, {"metadata": {"name": title}})[0]
     text = re.sub(r"<script[^>]*></script>", "", text)  # what is left of loaders whose addresses are empty
+    text = re.sub(r"<body[^>]*>", lambda body: body.group(0) + BACK, text, count=1)
     page.write_text(re.sub(r"formula\d+mark", lambda mark: formulas[mark.group(0)], text))
 
 
-def run_card(run: Path, pages: Path) -> dict:
+def run_card(run: Path, pages: Path) -> dict[str, Any]:
     """What the index says of a run."""
-    page = pages / f"{run.parent.name}-{run.name}.html"
+    page, facts = pages / f"{run.parent.name}-{run.name}.html", read(run / "provenance.json")
     if (run / "notebook.ipynb").exists():
         render(run / "notebook.ipynb", page)
     pictures = {picture.stem: picture for picture in sorted((run / "figures").glob("*.png"))}
-    shown = next((pictures[name] for name in FIRST if name in pictures), next(iter(pictures.values()), None))
+    shown = next((name for name in FIRST if name in pictures), next(iter(pictures), None))
     return {
         "name": run.name,
         "notebook": run.parent.name,
         "page": page.name if page.exists() else None,
-        "picture": shown and embedded(shown, 480),
+        "picture": shown and embedded(pictures[shown], 480, thumbnail=True),
+        "shown": (shown or "").replace("_", " "),
         "metrics": read(run / "metrics.json"),
-        **{key: read(run / "provenance.json").get(key) for key in ("command", "wall_s", "device", "git_commit")},
+        "params": read(run / "params.json"),
+        "facts": facts,
+        "start": facts.get("start"),
+        "command": facts.get("command"),
+    }
+
+
+def arms(newest: Path, cards: dict[str, dict]) -> dict[str, list[str]]:
+    """The runs of each arm, of those here: a comparison's runs.csv names them by their folders."""
+    found: dict[str, list[str]] = {}
+    if (newest / "runs.csv").exists():
+        with open(newest / "runs.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                name = "/".join(Path(row["run"]).parts[-2:])
+                found.setdefault(row["arm"], []).extend([name] if name in cards else [])
+    return found
+
+
+def environment(cards: dict[str, dict]) -> dict[str, dict[str, list[str]]]:
+    """What the runs were made with: per fact its values, and the runs with each."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, card in cards.items():
+        facts = card["facts"]
+        changed = {True: ", with uncommitted changes", False: "", None: ", unknown whether changed"}
+        code = facts.get("git_commit") and facts["git_commit"][:10] + changed[facts.get("git_dirty")]
+        about = {"machine": facts.get("device"), "threads": facts.get("threads"), "code": code or "unknown commit"}
+        about |= {"dataset digest": (facts.get("dataset_digest") or "")[:16], "Python": facts.get("python")}
+        for fact, value in (about | (facts.get("versions") or {})).items():
+            if value:
+                found.setdefault(fact, {}).setdefault(str(value), []).append(name)
+    return found
+
+
+def compared(newest: Path | None, cards: dict[str, dict]) -> dict[str, Any]:
+    """What the index says of the newest comparison."""
+    metrics = read(newest / "metrics.json") if newest else {}
+    if not metrics.get("summary"):
+        return {"rows": []}
+    metric = read(newest / "params.json").get("metric", "top1")
+    rows, runs = comparison.rows(metrics, metric), arms(newest, cards)
+    for row in rows:
+        row["runs"] = runs.get(row["arm"], [])
+        row["again"] = commands.again(row["runs"], cards)
+    by_arm = {row["arm"]: row for row in rows}
+    pictures = sorted((newest / "figures").glob("*.png"))
+    named = {run for each in runs.values() for run in each}
+    columns = comparison.columns(metric, paired="paired" in metrics)
+    return {
+        "name": f"compare/{newest.name}",
+        "rows": rows,
+        "columns": [c for c in columns if any(row.get(c.key) is not None for row in rows)],
+        "score": columns[1].title,
+        "brief": [c for c in columns if c.key in comparison.BRIEF],
+        "more": [c for c in comparison.MORE if any(row.get(c.key) is not None for row in rows)],
+        "budgets": comparison.budgets(rows),
+        "advice": [advice | {"row": by_arm.get(advice["use"])} for advice in metrics.get("advice", [])],
+        "volumes": metrics.get("volumes", []),
+        "missing": [said for part, said in comparison.PARTS.items() if part not in metrics],
+        "others": [name for name, card in cards.items() if "method" in card["metrics"] and name not in named],
+        "figures": {picture.stem: embedded(picture, 1800) for picture in pictures},
+        "speed": (metrics.get("speed") or [{}])[0],
+        "baseline": metrics.get("baseline"),
+        "datasets": sorted({cards[run]["metrics"].get("dataset") or "?" for run in named}),
     }
 
 
@@ -97,23 +156,21 @@ def build(outputs: Path) -> Path:
     finished = sorted(mark.parent for mark in outputs.glob("*/*/DONE"))
     unfinished = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in outputs.glob("*/*/params.json")
                         if not (p.parent / "DONE").exists())  # fmt: skip
+    cards = {f"{run.parent.name}/{run.name}": run_card(run, pages) for run in finished}
     comparisons = [run for run in finished if run.parent.name == "compare"]
     newest = max(comparisons, key=lambda run: (run / "DONE").stat().st_mtime, default=None)
-    comparison = read(newest / "metrics.json") if newest else {}
-    pictures = sorted((newest / "figures").glob("*.png")) if newest else []
     page = pages / "index.html"
-    template = jinja2.Environment(autoescape=True).from_string((HERE / "index.html.j2").read_text())
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (HERE / "index.html.j2").read_text()
+    )
     page.write_text(
         template.render(
-            cards=[run_card(run, pages) for run in finished],
+            cards=cards,
             unfinished=unfinished,
-            figures={picture.stem: embedded(picture, 1800) for picture in pictures},
-            rows=comparison.get("summary", []),
-            columns=COLUMNS,
-            advice=comparison.get("advice", []),
-            provenance=read(newest / "provenance.json") if newest else {},
-            speed=comparison.get("speed", [{}])[0],
-            baseline=comparison.get("baseline"),
+            environment=environment(cards),
+            compared=compared(newest, cards),
+            sure=comparison.sure,
+            other_images=lambda run: commands.on_other_images(run, cards),
         )
     )
     return page
