@@ -129,14 +129,15 @@ def compared(newest: Path | None, cards: dict[str, dict]) -> dict[str, Any]:
     by_arm = {row["arm"]: row for row in rows}
     pictures = sorted((newest / "figures").glob("*.png"))
     named = {run for each in runs.values() for run in each}
-    columns = comparison.columns(metric, paired="paired" in metrics)
+    known = lambda columns: [c for c in columns if any(row.get(c.key) is not None for row in rows)]  # noqa: E731
+    columns = known(comparison.columns(metric, paired="paired" in metrics))
     return {
         "name": f"compare/{newest.name}",
         "rows": rows,
-        "columns": [c for c in columns if any(row.get(c.key) is not None for row in rows)],
+        "columns": columns,
         "score": columns[1].title,
         "brief": [c for c in columns if c.key in comparison.BRIEF],
-        "more": [c for c in comparison.MORE if any(row.get(c.key) is not None for row in rows)],
+        "more": known(comparison.MORE),
         "budgets": comparison.budgets(rows),
         "advice": [advice | {"row": by_arm.get(advice["use"])} for advice in metrics.get("advice", [])],
         "volumes": metrics.get("volumes", []),

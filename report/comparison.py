@@ -153,8 +153,8 @@ def budgets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     base = next((row for row in rows if row["baseline"]), None)
     if base is None:
         return []
-    wishes = [(f"{1 / least:.0%} of the time", "speedup", -least) for least in SPEEDS]
-    wishes += [(f"{most:.0%} of the multiply-adds", "macs_g", most * base["macs_g"]) for most in SHARES]
+    wishes = [(f"{1 / least:.0%} of its time", "speedup", -least) for least in SPEEDS]
+    wishes += [(f"{most:.0%} of its multiply-adds", "macs_g", most * base["macs_g"]) for most in SHARES]
     found = []
     for wish, cost, limit in wishes:
         sign = -1 if cost == "speedup" else 1
