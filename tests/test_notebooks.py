@@ -155,6 +155,17 @@ def test_dense_from_a_run_is_the_tuned_baseline(folder, dataset, dense):
     assert json.loads((run / "provenance.json").read_text())["start"] == str(dense)
 
 
+def test_dense_on_shrunken_images(folder, dataset, dense):
+    values = {"dataset": dataset, "weights": str(dense), "shrink_to": 36, "run_name": "shrunken", **TINY}
+    run, result = papermill("dense", folder, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics, whole = check_run(run), json.loads((dense / "metrics.json").read_text())
+    assert metrics["method"] == "low-resolution-tuned" and metrics["keep_ratio"] == 36 / 64
+    assert metrics["macs_g"] < 0.6 * whole["macs_g"] and models.load(run).vit.patch_embed.num_patches == 36
+    facts = [json.loads((each / "provenance.json").read_text())["dataset_digest"] for each in (run, dense)]
+    assert facts[0] == facts[1], "the same test images: it stands beside the others in a comparison"
+
+
 def test_avit(avit):
     metrics = check_run(avit, "training", "halting", "depth", "confusion")
     assert metrics["method"] == "avit-finetuned" and metrics["setting"] == "ponder 0.03"
