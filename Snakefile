@@ -48,7 +48,7 @@ rule notebook:
 rule report:
     input:
         [f"{OUTPUT}/{run}/DONE" for run in RUNS],
-        "report/build.py",
+        sorted(str(file) for file in Path("report").glob("*.*")),
     output:
         f"{OUTPUT}/report/index.html",
     localrule: True

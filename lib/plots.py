@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lib.statistics import evenly, pareto
 
 sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={"figure.dpi": 100, "savefig.dpi": 150})
+MARKERS = "osD^vPX<>"  # colours alone do not tell many methods apart
 HEAT = "viridis"
 VEIL, VEILED = np.array([200, 206, 214]), 0.82  # a dropped patch is this much of this light grey: seen on black too
 
@@ -260,21 +261,27 @@ def methods_palette(methods: Sequence[str]) -> dict[str, Any]:
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
+def methods_markers(methods: Sequence[str]) -> dict[str, str]:
+    """A marker per method, by alphabet: of more than ten, two that share a colour have different ones."""
+    return {method: MARKERS[i % len(MARKERS)] for i, method in enumerate(sorted({*methods}))}
+
+
 def trade_off(summary: pd.DataFrame, cost: str, label: str, metric: str) -> Figure:
     """A metric against a cost, as compare.summary gives them: means over seeds, 95 % intervals, the front starred."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    palette = methods_palette(summary.method)
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    palette, markers = methods_palette(summary.method), methods_markers(summary.method)
     for method, arms in summary.groupby("method"):
         arms = arms.sort_values(cost)
         half = arms["±"].astype(float)
-        axis.errorbar(arms[cost], arms[metric], yerr=half, marker="o", capsize=3, color=palette[method], label=method)
+        axis.errorbar(arms[cost], arms[metric], yerr=half, marker=markers[method], capsize=3, color=palette[method],
+                      label=method)  # fmt: skip
     front = summary[pareto(summary, cost, metric)]
     star = {"marker": "*", "s": 190, "facecolor": "none", "edgecolor": "k", "zorder": 5, "label": "Pareto front"}
     axis.scatter(front[cost], front[metric], **star)
     axis.set(xlabel=label, ylabel=f"test {metric}, mean over seeds")
     axis.set_ylim(top=min(1.01, axis.get_ylim()[1]))  # an interval from two seeds may reach beyond what is possible
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.legend()
+    figure.legend(loc="outside right upper", frameon=False)
     sns.despine(figure)
     return figure
 

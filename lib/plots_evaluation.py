@@ -12,14 +12,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from lib.compare import COSTS
-from lib.plots import HEAT, methods_palette
+from lib.plots import HEAT, methods_markers, methods_palette
 
 PRICES = {  # the title and the label of each of compare.COSTS
     "latency": ("Accuracy against time", "ms per batch of {}"),
     "macs": ("Accuracy against multiply-adds", "GMACs per image"),
     "params": ("Accuracy against size", "parameters (10⁶)"),
 }
-MARKERS = "osD^vPX<>"  # colours alone do not tell many methods apart
 FEW_CLASSES = 20  # more are shown as quantiles
 WIDE = 30  # letters of an arm's name that are shown
 LABEL = (0.4, 0.055)  # room for a name beside its point, as a share of the panel
@@ -31,7 +30,7 @@ def results(measured: pd.DataFrame, metric: str) -> Figure:
     Pareto fronts; confidence and calibration, accuracy per class, throughput, with a line per arm."""
     rows = measured.sort_values(["method", "macs_g"], ascending=[True, False], ignore_index=True)
     palette, height = methods_palette(rows.method), max(2.6, 0.21 * len(rows) + 1.2)
-    markers = {method: MARKERS[i % len(MARKERS)] for i, method in enumerate(palette)}
+    markers = methods_markers(palette)
     figure = plt.figure(figsize=(15, 5.2 + height), layout="constrained")
     above, below = figure.subplots(2, 3, height_ratios=[4.6, height])
     for axis, (name, cost) in zip(above, COSTS.items(), strict=True):

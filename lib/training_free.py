@@ -121,6 +121,12 @@ def measure(run: Run, start: Start, pruner: nn.Module, latency_batch: int) -> tu
     }, dense
 
 
+def label(rules: Mapping[str, Any]) -> str:
+    """What metrics.json calls the method of token_baselines.ipynb: random sets and random parts are other methods."""
+    name = "random tokens" if rules["method"] == "random" else rules["method"]
+    return f"{name}-tuned" if rules["finetune_epochs"] else name
+
+
 def finetune(run: Run, start: Start, pruner: nn.Module) -> dict[str, Any]:
     """Train a pruner for run.params["finetune_epochs"] as it then runs; its scores before, `oneshot_…`, for
     metrics.json. {} for no epochs."""

@@ -259,3 +259,9 @@ def test_measure_of_the_whole_model(start, make_run):
     facts = {"dense_top1": dense["top1"], "dense_macs_g": dense["macs_g"], "agreement": 1.0}
     assert result == dense | facts, "no speed-up of a model over itself"
     assert not isinstance(models.load(run.dir), TokenPruner)
+
+
+def test_random_tokens_are_told_from_random_sets_and_parts():
+    found = [training_free.label({"method": method, "finetune_epochs": epochs})
+             for method, epochs in (("random", 0), ("random", 1), ("topk", 0), ("tome", 2))]  # fmt: skip
+    assert found == ["random tokens", "random tokens-tuned", "topk", "tome-tuned"]
