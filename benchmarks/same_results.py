@@ -15,7 +15,7 @@ from typing import Any
 # What depends on how fast a machine was at that moment, and so differs from run to run.
 TIMINGS = re.compile(
     r"seconds|\w+_s|\w*latency\w*|\w*ms_per_image|throughput\w*|\w*speedup\w*|accuracy_per_ms|pareto_latency"
-    r"|ceiling|share_of_ceiling|advice|speed"
+    r"|ceiling|of_ceiling|share_of_ceiling|advice|speed"
 )
 
 
