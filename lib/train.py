@@ -119,6 +119,7 @@ def fit(
                 signals.leave_after(fitting.save)
                 fitting.save_at_times()
             fitting.end_epoch(began)
+            signals.received = fitting.agreed(signals.received)
             signals.leave_after(fitting.save)
     fitting.accelerator.wait_for_everyone()
     model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
