@@ -40,6 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--arch", nargs="+", default=["vit_tiny_patch16_224"])
     parser.add_argument("--fewer", type=float, nargs="+", default=[1.5, 2.0], help="times fewer MACs than dense")
     arguments = parser.parse_args()
+    runs.keep_memory()  # as every run does
     facts = runs.provenance()
     versions = f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}"
     print(f"{versions}, batch {arguments.batch}, fp32\n")

@@ -73,12 +73,12 @@ def collect(pattern: Path, dataset: str = "") -> tuple[pd.DataFrame, dict[str, s
         left_out |= {name_of(Path(run)): reason for run in table.run[out]}
         table = table[~out]
     table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
-    settings = table.setting.fillna(table.keep_ratio.map("{:g}".format))
-    arms = table.method + " " + settings
-    several = table.assign(arm=arms).groupby("arm").made.transform("nunique") > 1
-    # where one method and ratio was made in several ways, each way is named after its first run
-    first = table.groupby([arms, "made"]).run.transform("first").map(lambda run: Path(run).name)
-    table.insert(1, "arm", arms.where(~several, arms + " (" + first + ")"))
+    table.insert(1, "arm", table.method + " " + table.setting.fillna(table.keep_ratio.map("{:g}".format)))
+    # where one method and ratio was made in several ways, each way is named after its first run, or all its seeds
+    first = table.groupby(["arm", "made"]).run.transform("first").map(lambda run: Path(run).name)
+    for tell_apart in (first.str.replace(r"-seed\d+$", "", regex=True), first):
+        several = table.groupby("arm").made.transform("nunique") > 1
+        table["arm"] = table.arm.where(~several, table.arm + " (" + tell_apart + ")")
     return table.drop(columns=["made", "digest", "setting"]), left_out
 
 

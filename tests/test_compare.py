@@ -109,6 +109,19 @@ def test_runs_from_differently_made_starts_are_different_arms(tmp_path):
     assert found == {"ucb 0.5 (b0s0)": [0, 1], "ucb 0.5 (b1s0)": [0, 1]}
 
 
+def test_seeds_are_left_out_of_the_names_of_arms_unless_they_alone_tell_them_apart(tmp_path):
+    for way in (0, 1):
+        for seed in (0, 1):
+            run(tmp_path, f"ucb/way{way}-seed{seed}", seed=seed, params={"beta": way})
+            run(tmp_path, f"eap/mixed-seed{2 * way + seed}", method="eap", seed=seed, params={"beta": way})
+    assert arms(tmp_path)[0] == {
+        "ucb 0.5 (way0)": [0, 1],
+        "ucb 0.5 (way1)": [0, 1],
+        "eap 0.5 (mixed) (mixed-seed0)": [0, 1],
+        "eap 0.5 (mixed) (mixed-seed2)": [0, 1],
+    }
+
+
 def test_starts_that_differ_in_seed_alone_are_one_arm(tmp_path):
     for seed in (0, 1):
         start = run(tmp_path, f"stage1/s{seed}", method=None, seed=seed)
