@@ -8,7 +8,7 @@ SWEEP  ?= sweeps/quick.yaml
 SEARCH ?= searches/ucb_digits.yaml
 JOBS   ?= 1
 
-.PHONY: demo test lint bench report sweep search checkpoint clean
+.PHONY: demo test lint bench explore report sweep search checkpoint clean
 .DEFAULT_GOAL := demo
 
 # pip leaves alone what is there; the stamp keeps a second call from asking it at all.
@@ -34,6 +34,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill" notebooks/*.ipynb
+
+explore: $(VENV)/ready
+	$(BIN)/jupyter lab notebooks/explore.ipynb
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py

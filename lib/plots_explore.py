@@ -23,8 +23,8 @@ def strips(image: np.ndarray, grid: tuple[int, int], views: Sequence[Any], table
     """A row per view: the image, then a picture per block of what the method leaves of it.
 
     views: lib.explore.View; table: of lib.explore, dense first, for the titles. Patches that left are veiled, merged
-    ones painted in their mean colour; of methods that remove parts a block's picture shows its heads above its neurons, blue
-    where they stay. One axes per row: a hundred would take a second to draw.
+    ones painted in their mean colour. Of methods that remove parts a picture shows a block's heads above its neurons,
+    blue where they stay. One axes per row: a hundred would take a second to draw.
     """
     depth = len(views[0].tokens)
     chosen = evenly(depth, COLUMNS)
