@@ -174,7 +174,7 @@ class Subject:
 
     def look(self, image: np.ndarray, method: str, strength: float, repeats: int = 3) -> View:
         """What a method, or "dense", does with an image (H, W, 3) uint8 of the model's size; timed `repeats` times."""
-        key = ("view", image.tobytes(), method, strength, repeats)
+        key = ("view", hash(image.tobytes()), method, strength, repeats)
         if key not in self._known:
             self._known[key] = self._look(image, method, strength, repeats)
         return self._known[key]
@@ -255,14 +255,17 @@ def spread(subject: Subject, image: np.ndarray, method: str, strength: float, co
 
 
 def table(subject: Subject, image: np.ndarray, views: Iterable[View]) -> pd.DataFrame:
-    """What views of an image, and the dense model, say and cost, a row each: method, strength, answer, how sure it is,
-    what it gives dense's answer, tokens after the last block, GMACs and times fewer, ms and speed-up."""
+    """What the dense model and views of an image say and cost, a row each.
+
+    method, strength; answer and confidence in it; dense_answer, the probability of what dense answers; tokens after the
+    last block; macs_g, and fewer_macs, those of dense divided by them; latency_ms and speedup.
+    """
     dense = subject.look(image, "dense", 0.0)
     answer = int(dense.probabilities.argmax())
     return pd.DataFrame([
         {"method": view.method, "strength": None if view is dense else view.strength,
-         "answer": subject.classes[view.probabilities.argmax()], "confidence": view.probabilities.max(),
-         "dense's answer": view.probabilities[answer], "tokens": view.tokens[-1], "GMACs": view.macs_g,
-         "fewer MACs": dense.macs_g / view.macs_g, "ms": view.latency_ms, "speed-up": view.speedup}
+         "answer": subject.classes[view.probabilities.argmax()], "confidence": float(view.probabilities.max()),
+         "dense_answer": float(view.probabilities[answer]), "tokens": view.tokens[-1], "macs_g": view.macs_g,
+         "fewer_macs": dense.macs_g / view.macs_g, "latency_ms": view.latency_ms, "speedup": view.speedup}
         for view in (dense, *views)
     ])  # fmt: skip

@@ -127,9 +127,11 @@ class Explorer:
 
 def shown(table: pd.DataFrame) -> str:
     """explore.table as HTML."""
-    form = {"strength": "{:g}", "confidence": "{:.1%}", "dense's answer": "{:.1%}", "GMACs": "{:.3g}",
-            "fewer MACs": "{:.2f}×", "ms": "{:.1f}", "speed-up": "{:.2f}×"}  # fmt: skip
-    return table.style.format(form, na_rep="").hide(axis="index").to_html()
+    form = {"strength": "{:g}", "confidence": "{:.1%}", "dense_answer": "{:.1%}", "macs_g": "{:.3g}",
+            "fewer_macs": "{:.2f}×", "latency_ms": "{:.1f}", "speedup": "{:.2f}×"}  # fmt: skip
+    plain = {"dense_answer": "in dense's answer", "macs_g": "GMACs", "fewer_macs": "fewer MACs", "latency_ms": "ms"}
+    styled = table.style.format(form, na_rep="").format_index(lambda name: plain.get(name, name), axis="columns")
+    return styled.hide(axis="index").to_html()
 
 
 def _finished() -> list[Any]:

@@ -24,8 +24,9 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 # the figure that stands for a run: the first of these it has
-FIRST = ("accuracy_macs", "kept", "counts", "maps", "depth", "parts", "states", "confusion")
+FIRST = ("accuracy_macs", "blocks", "kept", "counts", "maps", "depth", "parts", "states", "confusion")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BACK = '<p style="padding: 0 1rem"><a href="index.html">← the report</a></p>'
 WIDEST = 2.2  # shape of a thumbnail: what is wider or higher shows its first part
 
@@ -60,8 +61,10 @@ def render(notebook: Path, page: Path) -> None:
     for cell in content.cells:
         if cell.cell_type == "markdown":
             cell.source = FORMULA.sub(set_aside, cell.source)
-        if cell.cell_type == "code":  # progress bars and warnings are for whoever watches the run
+        if cell.cell_type == "code":  # progress bars, warnings and controls are for whoever watches the run
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.output_type != "error"]
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    content.metadata.pop("widgets", None)
     title = f"{notebook.parent.parent.name}/{notebook.parent.name}"
     text = exporter.from_notebook_node(content, {"metadata": {"name": title}})[0]
     text = re.sub(r"<script[^>]*></script>", "", text)  # what is left of loaders whose addresses are empty
