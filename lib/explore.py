@@ -172,14 +172,12 @@ class Subject:
         """An image (H, W, 3) uint8 as the model is fed it: (1, 3, H, W)."""
         return evaluate.inputs(image[None], self.images).to(evaluate.device())
 
-    def look(self, image: np.ndarray, method: str, strength: float, repeats: int = 3) -> View:
-        """What a method, or "dense", does with an image (H, W, 3) uint8 of the model's size; timed `repeats` times."""
-        key = ("view", hash(image.tobytes()), method, strength, repeats)
-        if key not in self._known:
-            self._known[key] = self._look(image, method, strength, repeats)
-        return self._known[key]
+    def look(self, image: np.ndarray, method: str, strength: float) -> View:
+        """What a method, or "dense", does with an image (H, W, 3) uint8 of the model's size."""
+        key = ("view", hash(image.tobytes()), method, strength)
+        return self._once(key, lambda: self._look(image, method, strength))
 
-    def _look(self, image: np.ndarray, method: str, strength: float, repeats: int) -> View:
+    def _look(self, image: np.ndarray, method: str, strength: float) -> View:
         x = self.inputs(image)
         model, plan = self._made(method, strength)
         pruner = model if isinstance(model, TokenPruner) else TokenPruner(model)
@@ -187,13 +185,18 @@ class Subject:
         kept = [ids[0].cpu().numpy() for ids in trace.kept]
         kept = kept[:1] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
         sources = [each[0].cpu().numpy() for each in model.sources(x)] if hasattr(model, "sources") else None
-        timed = evaluate.latency({"dense": self.vit, "model": model}, x, repeats=repeats, warmup=1)
-        timed = timed.set_index("model").loc["model"]
+        timed = self._timed(x, {"dense": self.vit, **({"model": model} if model is not self.vit else {})})
         counts = [len(ids) + pruner.prefix for ids in kept]
         shares = trace.logits[0].double().softmax(0).cpu().numpy()
         whole = surgery.Plan().explicit(self.vit) if plan else None
         cost = evaluate.macs(model, x)["macs_g"], timed.latency_ms, timed.speedup
         return View(method, strength, kept, sources, counts, plan, whole, shares, *cost)
+
+    def _timed(self, x: Tensor, pair: dict[str, nn.Module]) -> pd.Series:
+        """The last model's row of evaluate.latency: over as many rounds as dense takes for a twentieth of a second, but
+        three at least, so that a slider moves while small models still have a steady median."""
+        alone = self._once("dense_ms", lambda: evaluate.latency({"dense": self.vit}, x, repeats=3).latency_ms[0])
+        return evaluate.latency(pair, x, repeats=min(30, max(3, int(50 / alone))), warmup=1).iloc[-1]
 
     def _made(self, method: str, strength: float) -> tuple[nn.Module, surgery.Plan | None]:
         """The model as the method makes it, sharing the weights of tokens' methods; the plan of what removes parts."""
