@@ -5,6 +5,7 @@ bandit selects, the scores of heads and neurons. A strength is in the method's o
 """
 
 import io
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,8 @@ class View(NamedTuple):
     """What a method of one strength does with one image.
 
     kept: per block the patches (k,) that it ran, ascending.
-    sources: per block, for each patch (P,), the one whose token it is part of; None where nothing merges.
+    sources: per block, for each patch (P,), the one whose token it is part of, -1 where the model never embeds it; None
+        where nothing merges.
     tokens: per block, prefix tokens included.
     plan: the heads and neurons that stay, of all in `whole`, both explicit; None for methods that drop tokens.
     probabilities: (classes,). macs_g: counted, for this image. latency_ms, speedup: of this image alone, in turns with
@@ -84,12 +86,12 @@ def load(model: str, dataset: str = "") -> "Subject":
         images = replace(_dataset(source), mean=tuple(about["mean"]), std=tuple(about["std"]))
         return Subject(model, found, images, about["classes"])
     vit = models.create(arch, IMAGENET.num_classes(), None, runs.resolve(file) or "pretrained", fresh_head=False)
-    blocks.check(vit)
+    side = _side(vit)
     statistics = {name: tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")}
     if dataset:
-        images = replace(_dataset({"dataset": runs.resolve(dataset), "img_size": _side(vit)}), **statistics)
+        images = replace(_dataset({"dataset": runs.resolve(dataset), "img_size": side}), **statistics)
     else:
-        photos = np.stack([fit(photo, _side(vit)) for photo in load_sample_images().images])
+        photos = np.stack([fit(photo, side) for photo in load_sample_images().images])
         images = SimpleNamespace(name="photographs", test=Split(photos, np.full(len(photos), -1)), **statistics)
     names = [IMAGENET.index_to_description(index).split(",")[0] for index in range(IMAGENET.num_classes())]
     return Subject(model, vit, images, names)
@@ -100,7 +102,9 @@ def _dataset(source: dict[str, Any]) -> data.Dataset:
 
 
 def _side(model: nn.Module) -> int:
-    height, width = getattr(model, "vit", model).patch_embed.img_size
+    vit = getattr(model, "vit", model)
+    blocks.check(vit)
+    height, width = vit.patch_embed.img_size
     if height != width:
         raise ExploreError(f"the model takes images of {height}x{width} pixels: expected one of square images")
     return height
@@ -116,27 +120,28 @@ class Subject:
     def __init__(self, name: str, model: nn.Module, images: Any, classes: list[str]):
         self.name, self.model, self.images, self.classes = name, model.to(evaluate.device()).eval(), images, classes
         self.vit = getattr(self.model, "vit", self.model)
-        blocks.check(self.vit)
-        self.size, self.grid = tuple(self.vit.patch_embed.img_size), tuple(self.vit.patch_embed.grid_size)
+        self.size, self.grid = (_side(self.vit),) * 2, tuple(self.vit.patch_embed.grid_size)
+        embed = self.vit.patch_embed
+        self.patches = getattr(embed, "kept", torch.arange(embed.num_patches)).cpu().numpy()  # those it embeds
         self._known: dict[Any, Any] = {}
 
     def begins(self) -> tuple[str, float] | None:
         """The method and strength that the model was saved with; None where it is dense, or of unequal strengths."""
         if isinstance(self.model, AViT):
-            return "avit", self.model.arguments["gate_center"]
+            return "avit", self._gate()["gate_center"]
         if isinstance(self.model, UCB):
             return "ucb", 0.5
         names = {kind: name for name, kind in baselines.DROPPING.items()} | {baselines.ToMe: "tome"}
         strength = getattr(self.model, "r", getattr(self.model, "keep_ratio", None))
         found = names.get(type(self.model))
-        return (found, float(strength)) if found and isinstance(strength, int | float) else None
+        return (found, strength) if found and isinstance(strength, int | float) else None
 
     def slider(self, method: str) -> list[float]:
         """The strengths to choose from, the mildest first."""
         if method == "tome":
             return list(range(3 * self.vit.patch_embed.num_patches // len(self.vit.blocks) // 2 + 1))
         if method == "avit":
-            centre = self._gate()["gate_center"] or 1.0
+            centre = abs(self._gate()["gate_center"]) or 1.0
             return [round(centre * step / 10, 4) for step in range(14, -1, -1)]
         return THRESHOLDS if method == "acdc" else RATIOS
 
@@ -144,10 +149,11 @@ class Subject:
         """A wanted strength, checked; -1: the one the model was saved with, or the middle of the slider."""
         if method not in WHAT:
             raise ExploreError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
-        values = self.slider(method)
+        values, saved = self.slider(method), self.begins()
+        if saved and saved[0] == method and wanted in (-1, saved[1]):  # be it outside the slider
+            return saved[1]
         if wanted == -1:
-            saved = self.begins()
-            return saved[1] if saved and saved[0] == method else values[len(values) // 2]
+            return values[len(values) // 2]
         low, high = min(values), max(values)
         low = 1e-9 if values is RATIOS else low  # a share may be any
         if method != "avit" and not low <= wanted <= high or (method == "tome" and wanted != int(wanted)):
@@ -162,7 +168,7 @@ class Subject:
         if (path := Path(runs.resolve(which))).is_file():
             return fit(decode(str(path), str(path)), self.size[0])
         test = self.images.test
-        if not which.isdigit() or int(which) >= len(test):
+        if not which.isdecimal() or int(which) >= len(test):
             raise ExploreError(
                 f"image is {which!r}: expected a file, or the number of a test image, 0 to {len(test) - 1}"
             )
@@ -183,10 +189,11 @@ class Subject:
         pruner = model if isinstance(model, TokenPruner) else TokenPruner(model)
         trace = pruner.trace(x)
         kept = [ids[0].cpu().numpy() for ids in trace.kept]
-        kept = kept[:1] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
-        sources = [each[0].cpu().numpy() for each in model.sources(x)] if hasattr(model, "sources") else None
+        kept = [self.patches] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
+        sources = [self._on_grid(each[0]) for each in model.sources(x)] if hasattr(model, "sources") else None
         timed = self._timed(x, {"dense": self.vit, **({"model": model} if model is not self.vit else {})})
-        counts = [len(ids) + pruner.prefix for ids in kept]
+        # a token that EViT has fused is no patch
+        counts = model.counts()[1] if hasattr(model, "counts") else [len(ids) + pruner.prefix for ids in kept]
         shares = trace.logits[0].double().softmax(0).cpu().numpy()
         whole = surgery.Plan().explicit(self.vit) if plan else None
         cost = evaluate.macs(model, x)["macs_g"], timed.latency_ms, timed.speedup
@@ -198,10 +205,17 @@ class Subject:
         alone = self._once("dense_ms", lambda: evaluate.latency({"dense": self.vit}, x, repeats=3).latency_ms[0])
         return evaluate.latency(pair, x, repeats=min(30, max(3, int(50 / alone))), warmup=1).iloc[-1]
 
+    def _on_grid(self, sources: Tensor) -> np.ndarray:
+        found = np.full(self.grid[0] * self.grid[1], -1)
+        found[self.patches] = sources.cpu()
+        return found
+
     def _made(self, method: str, strength: float) -> tuple[nn.Module, surgery.Plan | None]:
         """The model as the method makes it, sharing the weights of tokens' methods; the plan of what removes parts."""
         if method in training_free.METHODS:
-            return training_free.build(self.vit, self._rules(method, strength), method).eval(), None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*nothing is pruned")  # as is meant at the mildest
+                return training_free.build(self.vit, self._rules(method, strength), method).eval(), None
         if method == "ucb":
             return self._once("ucb", self._counted).freeze(strength), None
         if method == "avit":
@@ -211,6 +225,8 @@ class Subject:
 
     def _rules(self, method: str, strength: float) -> dict[str, Any]:
         rules = {"blocks": [], "seed": 0, "alpha": 0.5, "start_block": 1, "normalise_scores": "minmax", "macs_g": 0.0}
+        if (saved := self.begins()) and saved[0] == method:  # in the same blocks, by the same draw
+            rules |= {name: own for name, own in self.model.arguments.items() if name in rules}
         if method == "anchors":  # one anchor to five others, as token_baselines.ipynb has them
             k, m = training_free.parted(1 / 6, round(strength * self.vit.patch_embed.num_patches))
             return rules | {"k_anchors": k, "top_m": m}
@@ -219,7 +235,10 @@ class Subject:
     def _gate(self) -> dict[str, float]:
         if not isinstance(self.model, AViT):
             return {"gate_scale": 0.5, "gate_center": 10.0}  # as avit.ipynb begins
-        return {name: self.model.arguments[name] for name in ("gate_scale", "gate_center", "eps")}
+        scale, centre = self.model.gate_log_factors.exp().tolist() if self.model.learn_gate else (1.0, 1.0)
+        own = self.model.arguments
+        found = {"gate_scale": scale * own["gate_scale"], "gate_center": centre * own["gate_center"]}
+        return found | {"eps": own["eps"]}
 
     def _counted(self) -> UCB:
         """The bandit that the model was saved with, or one that has seen a few images: nothing is trained."""

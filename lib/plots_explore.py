@@ -55,7 +55,10 @@ def picture(view: Any, image: np.ndarray, grid: tuple[int, int], index: int) -> 
     if view.plan is not None:
         return _parts(view.plan, view.whole, index)
     if view.sources is not None:
-        return mosaic(image, view.sources[index], grid)
+        sources = view.sources[index]
+        there = sources >= 0  # of all patches that the model embeds
+        whole = mosaic(image, np.where(there, sources, np.arange(len(sources))), grid)
+        return overlay(whole, np.flatnonzero(there), grid)
     return overlay(image, view.kept[index], grid)
 
 

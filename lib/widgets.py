@@ -130,8 +130,8 @@ def shown(table: pd.DataFrame) -> str:
     form = {"strength": "{:g}", "confidence": "{:.1%}", "dense_answer": "{:.1%}", "macs_g": "{:.3g}",
             "fewer_macs": "{:.2f}×", "latency_ms": "{:.1f}", "speedup": "{:.2f}×"}  # fmt: skip
     plain = {"dense_answer": "in dense's answer", "macs_g": "GMACs", "fewer_macs": "fewer MACs", "latency_ms": "ms"}
-    styled = table.style.format(form, na_rep="").format_index(lambda name: plain.get(name, name), axis="columns")
-    return styled.hide(axis="index").to_html()
+    styled = table.style.format(form, na_rep="", escape="html").hide(axis="index")
+    return styled.format_index(lambda name: plain.get(name, name), axis="columns").to_html()
 
 
 def _finished() -> list[Any]:
