@@ -137,13 +137,18 @@ def _declared_if_any(source: str) -> dict[str, Parameter]:
         return {}
 
 
-def from_namespace(namespace: dict[str, Any]) -> tuple[dict[str, Parameter], dict[str, Any]]:
+def from_namespace(
+    namespace: dict[str, Any], shipped: dict[str, Parameter] | None = None
+) -> tuple[dict[str, Parameter], dict[str, Any]]:
     """What a running notebook declares, and the values set since: by its own cell, or injected by papermill.
 
     Read from IPython's history of executed cells, so it works wherever the notebook runs from, and on a copy of it.
+    shipped: what its file declares, for `%run`, which leaves no history.
     """
     cells = namespace.get("In", [])
     found = {index: names for index, source in enumerate(cells) if (names := _declared_if_any(source))}
+    if not found and shipped and shipped.keys() <= namespace.keys():
+        return shipped, {name: namespace[name] for name in shipped}
     if not found:
         raise ParameterError("no parameters cell has run: run the notebook from its top")
     first = found[min(found)]  # in a kernel that lives on, later cells may declare variables of their own

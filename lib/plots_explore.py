@@ -93,7 +93,7 @@ def _caption(view: Any, index: int) -> str:
 def _title(row: dict[str, Any]) -> str:
     """A row of lib.explore.table in words, above its strip."""
     cost = f"{row['fewer_macs']:.2f}× fewer MACs, {row['speedup']:.2f}× as fast"
-    return f"{row['method']} {row['strength']:g}: {row['answer']}, {row['confidence']:.0%} sure · {cost}"
+    return f"{row['method']} {row['strength']:g} answers {row['answer']!r}, {row['confidence']:.0%} sure · {cost}"
 
 
 def price(views: dict[str, Sequence[Any]], dense: Any, answer: str) -> Figure:

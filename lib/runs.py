@@ -119,9 +119,10 @@ def start(notebook: str, namespace: dict[str, Any]) -> "Run":
     Raises ParameterError (a line per fault) before anything is written, RunError where another process writes the
     same run or run_name stands for other parameters.
     """
-    declaration, values = parameters.from_namespace(namespace)
     source = root() / "notebooks" / f"{notebook}.ipynb"
-    for name, parameter in (parameters.declared_in(source) if source.is_file() else {}).items():
+    shipped = parameters.declared_in(source) if source.is_file() else {}
+    declaration, values = parameters.from_namespace(namespace, shipped)
+    for name, parameter in shipped.items():
         if name in declaration:  # a cell edited by hand changes values, not what the shipped notebook would do
             declaration[name].default = parameter.default
     values = parameters.check(declaration, values)

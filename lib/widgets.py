@@ -48,7 +48,8 @@ class Explorer:
         self.model = ipywidgets.Combobox(value=subject.name, options=known, description="model", layout=wide,
                                          ensure_option=False, continuous_update=False)  # fmt: skip
         self.number = ipywidgets.BoundedIntText(description="image", max=len(subject.images.test) - 1)
-        self.file = ipywidgets.FileUpload(accept="image/*", description="or a file of yours")
+        self.file = ipywidgets.FileUpload(accept="image/*", description="or a file of yours",
+                                          layout=ipywidgets.Layout(width="auto", flex="0 0 auto"))  # fmt: skip
         if image.isdigit():
             self.number.value = int(image)
         else:
@@ -70,8 +71,8 @@ class Explorer:
             method.observe(later, "value")
             strength.observe(later, "value")
         self._later = later
-        sides = [ipywidgets.VBox([ipywidgets.HBox([self.methods[i], self.units[i]]), self.strengths[i]], layout=wide)
-                 for i in range(len(chosen))]  # fmt: skip
+        sides = [ipywidgets.VBox([*controls], layout=ipywidgets.Layout(width="100%", padding="0 1em 0 0"))
+                 for controls in zip(self.methods, self.strengths, self.units, strict=True)]  # fmt: skip
         top = ipywidgets.HBox([self.model, self.number, self.file])
         self.box = ipywidgets.VBox([top, ipywidgets.HBox(sides), self.said, self.picture, self.numbers])
 
@@ -131,6 +132,7 @@ def shown(table: pd.DataFrame) -> str:
             "fewer_macs": "{:.2f}×", "latency_ms": "{:.1f}", "speedup": "{:.2f}×"}  # fmt: skip
     plain = {"dense_answer": "in dense's answer", "macs_g": "GMACs", "fewer_macs": "fewer MACs", "latency_ms": "ms"}
     styled = table.style.format(form, na_rep="", escape="html").hide(axis="index")
+    styled = styled.set_table_styles([{"selector": "th, td", "props": "padding: 0.2em 1em; text-align: right"}])
     return styled.format_index(lambda name: plain.get(name, name), axis="columns").to_html()
 
 

@@ -147,6 +147,11 @@ def test_the_values_of_a_namespace_are_the_declared_and_the_injected():
 
 
 def test_without_a_parameters_cell_nothing_starts():
+    ran = {"In": [""], "ratio": 0.5, "name": "x"}  # by %run, which leaves no history
+    shipped = declared('ratio: float = 0.9\nname: str = "y"')
+    assert from_namespace(ran, shipped) == (shipped, {"ratio": 0.5, "name": "x"})
+    with pytest.raises(ParameterError, match="no parameters cell has run"):
+        from_namespace({"In": [""], "ratio": 0.5}, shipped)
     with pytest.raises(ParameterError, match="no parameters cell has run"):
         from_namespace({"In": ["", "import os"]})
 
