@@ -238,8 +238,10 @@ def test_every_value_of_a_slider_is_accepted_the_mildest_first(subject, image, m
     assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
 
 
-@pytest.mark.parametrize("method, wanted", [("topk", 0.0), ("topk", 1.01), ("ucb", -0.5), ("tome", 2.5),
-                                            ("tome", 99), ("acdc", 0.4), ("acdc", -0.1), ("eap", float("nan")), ("anchors", 2)])  # fmt: skip
+@pytest.mark.parametrize("method, wanted", [
+    ("topk", 0.0), ("topk", 1.01), ("ucb", -0.5), ("tome", 2.5), ("tome", 99),
+    ("acdc", 0.4), ("acdc", -0.1), ("eap", float("nan")), ("anchors", 2),
+])  # fmt: skip
 def test_a_strength_that_cannot_be_is_refused_with_its_unit(subject, method, wanted):
     with pytest.raises(explore.ExploreError, match=f"strength is {wanted:g}: expected for {method} the ") as caught:
         subject.strength(method, wanted)
@@ -475,7 +477,7 @@ def test_strips_have_a_row_for_each_view_and_tell_its_numbers(subject, image):
     figure = plots_explore.strips(image, subject.grid, views, table)
     assert len(figure.axes) == 3
     for axis, view, row in zip(figure.axes, views, table.iloc[1:].to_dict("records"), strict=True):
-        assert axis.get_title(loc="left").startswith(f"{view.method} {view.strength:g}: {row['answer']}, ")
+        assert axis.get_title(loc="left").startswith(f"{view.method} {view.strength:g} answers {row['answer']!r}, ")
         assert f"{row['fewer_macs']:.2f}× fewer MACs" in axis.get_title(loc="left")
         captions = [label.get_text() for label in axis.get_xticklabels()]
         assert captions[0] == "image" and len(captions) == 5

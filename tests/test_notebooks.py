@@ -196,6 +196,29 @@ def test_avit_visual(folder, dense, avit):
     assert "method" not in metrics, "no arm of comparisons"
 
 
+@pytest.mark.parametrize("method, strength, beside", [("topk", 0.3, "tome"), ("avit", -1.0, "eap")])
+def test_explore(folder, dense, avit, method, strength, beside):
+    model = avit if method == "avit" else dense
+    values = {"model": str(model), "image": "5", "method": method, "strength": strength, "beside": beside}
+    run, result = papermill("explore", folder, ROOT / "notebooks", run_name=method, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (run / "DONE").exists() and not list(run.rglob("*.tmp*"))
+    figures = {picture.stem for picture in (run / "figures").glob("*.png")}
+    assert figures == {"blocks", f"{method}_slider", f"{beside}_slider", "price"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert "method" not in metrics, "no arm of comparisons"
+    whole, first, second = metrics["views"]
+    assert [whole["method"], first["method"], second["method"]] == ["dense", method, beside]
+    assert whole["strength"] is None and first["strength"] == (1.0 if method == "avit" else 0.3), "avit: as saved"
+    for view in (whole, first, second):
+        assert view["answer"] in {"0", "1", "2", "3"} and 0.25 <= view["confidence"] <= 1 and view["latency_ms"] > 0
+        assert view["fewer_macs"] == pytest.approx(whole["macs_g"] / view["macs_g"])
+    assert first["macs_g"] < whole["macs_g"] and second["macs_g"] < whole["macs_g"]
+    assert json.loads((run / "provenance.json").read_text())["start"] == str(model)
+    *_, last = nbformat.read(run / "notebook.ipynb", 4).cells
+    assert any("application/vnd.jupyter.widget-view+json" in output.data for output in last.outputs), "its controls"
+
+
 @pytest.fixture(scope="module")
 def comparison(folder, dense, stage1, stage2, avit) -> tuple[Path, str]:
     """A comparison of all runs and a state dict from elsewhere, and what it printed."""
@@ -571,6 +594,7 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("clip_zeroshot", {"model": "ViT-B-32", "pretrained": "openay"}, "'openay' is not a known tag"),
      ("clip_zeroshot", {"attention_output": "maps.h5"}, "'maps.h5', but extract_attention is off: leave it out"),
      ("clip_zeroshot", {"templates": ["a photo"]}, "expected texts with one {} for the class"),
+     ("explore", {"strength": 7.0}, "strength is 7: expected for topk the share of the running patches that stay"),
      ("compare", {"runs": "nowhere/*"}, "no finished run in")],
 )  # fmt: skip
 def test_faults_end_in_one_clear_line(tmp_path, notebook, values, message):
