@@ -355,7 +355,8 @@ def test_other_images_are_fitted_to_the_model_and_its_classes_stay(vit, tiny_h5,
     subject = explore.load(str(path), "pets")
     assert subject.classes == CLASSES and subject.images.classes == ["cats", "dogs"]
     assert subject.images.mean == (0.5, 0.4, 0.3) and subject.image("0").shape == (12, 12, 3)
-    assert subject.look(subject.image("0"), "topk", 0.5).probabilities.shape == (3,), "in single precision"
+    for method in ("topk", "eap"):  # the latter looks at others of them
+        assert subject.look(subject.image("0"), method, 0.5).probabilities.shape == (3,), "in single precision"
     with pytest.raises(data.DataError):
         explore.load(str(path), "nowhere")
 
@@ -423,6 +424,11 @@ def ill_fitting(tmp_path, tiny_h5):
     return {"model": f"vit_tiny_patch16_224={tmp_path / 'weights.pth'}"}
 
 
+def of_other_classes(tmp_path, tiny_h5):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), tmp_path / "weights.pth")
+    return {"model": f"vit_tiny_patch16_224={tmp_path / 'weights.pth'}"}
+
+
 @pytest.mark.parametrize("make, kind, message", [
     (lambda *_: {"model": "vit_tinny_patch16_224"}, models.ModelError, "did you mean vit_tiny_patch16_224"),
     (lambda *_: {"model": "outputs/dense/nowhere"}, models.ModelError, "'outputs/dense/nowhere' is unknown"),
@@ -432,6 +438,7 @@ def ill_fitting(tmp_path, tiny_h5):
     (not_a_model, models.ModelError, "not a whole safetensors file"),
     (damaged, models.ModelError, "not a whole safetensors file"),
     (ill_fitting, models.ModelError, "does not fit arch 'vit_tiny_patch16_224'"),
+    (of_other_classes, models.ModelError, "expected \\(1000"),
     (resnet, blocks.UnsupportedBlock, "ResNet20 is not supported: expected a timm VisionTransformer"),
     (resnet_with_images, blocks.UnsupportedBlock, "ResNet20 is not supported: expected a timm VisionTransformer"),
     (convolutional, blocks.UnsupportedBlock, "ResNet is not supported: expected a timm VisionTransformer"),

@@ -32,12 +32,12 @@ READY = """() => {
   const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
   return kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
 }"""
-IDLE = """() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"""
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"
 DRAWN = """async () => {  // the bytes of the picture, as the browser has them
   const shown = document.querySelector('.jp-OutputArea-output img.widget-image');
+  await shown.decode();
   const bytes = new Uint8Array(await (await fetch(shown.src)).arrayBuffer());
-  return [shown.complete && shown.naturalWidth, String.fromCharCode(...bytes.slice(1, 4)), bytes.join()];
+  return [shown.naturalWidth, String.fromCharCode(...bytes.slice(1, 4)), bytes.join()];
 }"""
 # Outputs that scrolled out of sight are otherwise not in the page; news are asked for in a box over the notebook.
 SETTINGS = {
@@ -74,13 +74,13 @@ def lab(folder: Path, tmp: Path):
         file = tmp / "jupyterlab_settings_dir" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(values))
-    environment = os.environ | own | {"OMP_NUM_THREADS": "1", "JUPYTER_NO_CONFIG": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
         *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"),
         *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"),
         *("--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
-        *("--LabApp.extension_manager=readonly", "--LabApp.collaborative=False"),
+        "--LabApp.extension_manager=readonly",
     ]
     address = f"http://127.0.0.1:{port}"
     with open(log, "w") as output:
