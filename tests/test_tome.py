@@ -146,6 +146,11 @@ def test_every_patch_is_in_one_token_and_never_leaves_its_company(family):
         before = sources
 
 
+def cosines(keys, first):
+    unit = torch.nn.functional.normalize(keys, dim=2)
+    return unit[:, first::2] @ unit[:, 1 - first :: 2].transpose(1, 2)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_merge_adds_sizes_and_keeps_the_mean(first):
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +159,7 @@ def test_merge_adds_sizes_and_keeps_the_mean(first):
     size, total = torch.ones_like(ids, dtype=torch.float64), x.sum(dim=1)
     for r in (10, 3, 4):
         number = x.shape[1]
-        x, size, *moves = merge(x, keys[:, :number].clone(), r, first, size)
+        x, size, *moves = merge(x, cosines(keys[:, :number], first), r, first, size, size)
         ids, sources = follow(ids, sources, *moves)
         assert x.shape[1] == ids.shape[1] == size.shape[1] == number - r
         assert (size.sum(dim=1) == 21).all()
@@ -168,13 +173,13 @@ def test_a_on_b_by_hand():
     keys = torch.tensor([[[1.0, 0], [3, 0.01], [-1, -1], [0, 5], [0.02, 1]]], dtype=torch.float64)
     x = torch.tensor([[[1.0], [2], [4], [8], [16]]], dtype=torch.float64)
     ids, size = torch.tensor([[5, 1, 2, 0, 4]]), torch.tensor([[1.0, 3, 1, 1, 2]], dtype=torch.float64)
-    found, sizes, *moves = merge(x, keys.clone(), 2, 0, size)
+    found, sizes, *moves = merge(x, cosines(keys, 0), 2, 0, size, size)
     assert found.flatten().tolist() == pytest.approx([4, 7 / 4, 40 / 3])
     assert sizes.tolist() == [[1, 4, 3]]
     assert [each.tolist() for each in moves] == [[[2, 1, 3]], [[0, 4]], [[1, 3]]]
     names = follow(ids, torch.tensor([[0, 1, 2, 1, 4, 5, 4, 1]]), *moves)
     assert [each.tolist() for each in names] == [[[2, 1, 0]], [[0, 1, 2, 1, 0, 1, 0, 1]]]
-    x, size, *moves = merge(x, keys, 1, 0, size)
+    x, size, *moves = merge(x, cosines(keys, 0), 1, 0, size, size)
     ids, _ = follow(ids, torch.arange(6)[None], *moves)
     assert (ids.tolist(), size.tolist()) == ([[2, 4, 1, 0]], [[1, 2, 4, 1]]), "the most alike pair goes first"
 

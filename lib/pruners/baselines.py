@@ -160,13 +160,23 @@ class ToMe(TokenPruner):
         if not block.attn.num_heads:
             return block(x), size
         bias = None if size is None else F.pad(size.log(), (prefix, 0))[:, None, None]  # (B, 1, 1, N)
-        x, _, _, k = blocks.attended(block, x, bias)
+        x, _, q, k = blocks.attended(block, x, bias)
         moved, running = (), x.shape[1] - prefix
         if r := min(r, running // 2):
             size = x.new_ones(len(x), running) if size is None else size
-            keys = head_sum(k[:, :, prefix:].detach())  # in the direction of their mean
-            x, size, *moved = merge(x, keys, r, prefix % 2, size, prefix)
+            with torch.no_grad():
+                likeness, weight = self._likeness(block.attn, q, k, size, prefix % 2)
+            x, size, *moved = merge(x, likeness, r, prefix % 2, size, weight, prefix)
         return blocks.add_mlp(block, x), size, *moved
+
+    def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """How alike each of A (B, |A|) and each of B are, (B, |A|, |B|), and by what tokens count in a mean, (B, n).
+
+        q, k: of all tokens, (B, H, N, d). Without gradient: what is chosen has none.
+        """
+        keys = head_sum(k[:, :, self.prefix :])  # in the direction of their mean
+        keys = keys.div_(keys.norm(dim=-1, keepdim=True))  # in place: a fresh result costs as much as the arithmetic
+        return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), size
 
     def _head(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> Tensor:
         # what pools over patches takes a merged one as often as it stands for some
@@ -194,26 +204,24 @@ class ToMe(TokenPruner):
 
 
 def merge(
-    x: Tensor, keys: Tensor, r: int, first: int, size: Tensor, prefix: int = 0
+    x: Tensor, likeness: Tensor, r: int, first: int, size: Tensor, weight: Tensor, prefix: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of ToMe: tokens x (B, prefix + n, D), and of all after the prefix keys (B, n, d), which are normalised
-    in place, and sizes (B, n).
+    """One step of ToMe: tokens x (B, prefix + n, D), and of all after the prefix sizes (B, n), and weights (B, n) by
+    which they count in a mean. likeness: of each of A and each of B, (B, |A|, |B|); the r most alike pairs merge.
 
     A are the places first, first + 2, …. Returns x and sizes of what goes on, what stays of A first, in order, then B,
     and among the places after the prefix those that are left (B, n − r), that go, and that they go into (B, r).
     """
-    # In place, here and below: on a CPU a fresh result of this size costs as much as the arithmetic.
-    keys = keys.div_(keys.norm(dim=-1, keepdim=True))
-    cosines = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)  # (B, |A|, |B|)
-    order = highest(cosines.amax(dim=2), cosines.shape[1])
-    partner = gather(cosines, order[:, :r]).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
+    order = highest(likeness.amax(dim=2), likeness.shape[1])
+    partner = gather(likeness, order[:, :r]).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
     goes, into = first + 2 * order[:, :r], 1 - first + 2 * partner
     stays = first + 2 * order[:, r:].sort(dim=1).values
     b = torch.arange(1 - first, size.shape[1], 2, device=x.device).expand(x.shape[0], -1)
     left = torch.cat([stays, b], dim=1)
     total = size.scatter_add(1, into, size.gather(1, goes))
-    # The mean Σ s x / Σ s is x_B + Σ_A (x_A − x_B) s_A / Σ s: only rows that something is merged into are touched.
-    share = size.gather(1, goes) / total.gather(1, into)
+    mass = total if weight is size else weight.scatter_add(1, into, weight.gather(1, goes))
+    # The mean Σ w x / Σ w is x_B + Σ_A (x_A − x_B) w_A / Σ w: only rows that something is merged into are touched.
+    share = weight.gather(1, goes) / mass.gather(1, into)
     moved = gather(x, goes + prefix).sub_(gather(x, into + prefix)).mul_(share[..., None])  # (B, r, D)
     x = gather(x, with_prefix(left, prefix))
     rows = partner + prefix + stays.shape[1] + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
