@@ -106,9 +106,11 @@ def first_token(block: Block, x: Tensor) -> Tensor:
     return add_mlp(block, add_attention(block, first, y))
 
 
-def probabilities(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """Attention probabilities (B, H, Nq, Nk); rows sum to one. For scores cheaply, pass only the rows needed."""
-    return (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+def probabilities(attn: Attention, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention probabilities (B, H, Nq, Nk); rows sum to one. For scores cheaply, pass only the rows needed. bias is
+    added to the logits."""
+    logits = q * attn.scale @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
 def project(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Bipartite matching, merging in every block and sizes as in ToMe (arXiv 2210.09461). Ours is by what pairs are chosen. Of
 a token let s be the number of patches it stands for, k its keys, of all heads side by side, and a the class token's
-attention to it, mean over heads, as if it stood for one patch (without a class token: the mean of all queries'):
+attention to it per patch, mean over heads (without a class token that of all queries):
 
     weight   w = s · a^γ
     cost     c(A, B) = w_A w_B / (w_A + w_B) · |k_A − k_B|²     the lowest merge
@@ -16,6 +16,7 @@ each other. ToMe looks at the angle between mean keys alone. That importance hel
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import blocks
@@ -57,7 +58,8 @@ class Ward(ToMe):
         prefix, weight = self.prefix, size
         if self.gamma:
             rows = q[:, :, :1] if self.vit.has_class_token else q
-            attention = blocks.probabilities(attn, rows, k).mean(dim=(1, 2))[:, prefix:]  # (B, n)
+            sizes = F.pad(size.log(), (prefix, 0))[:, None, None]  # ToMe's proportional attention, (B, 1, 1, N)
+            attention = blocks.probabilities(attn, rows, k, sizes).mean(dim=(1, 2))[:, prefix:] / size  # (B, n)
             attention = attention / attention.mean(dim=1, keepdim=True)  # near 1: no power of it vanishes
             weight = size * attention.clamp(min=1e-6) ** self.gamma
         k = k[:, :, prefix:]

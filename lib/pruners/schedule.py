@@ -1,0 +1,127 @@
+"""How many tokens to merge in which block, for a budget: a schedule, chosen by what it does to the model's answers.
+
+Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks. Unlabelled
+images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few images, the
+better half on as many more, until one is left. Two numbers are what a few images can tell: r that was chosen block by
+block on 64 of them did worse than even merging on others.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lib import blocks
+from lib.pruners.baselines import ToMe
+from lib.pruners.dropping import Unreachable, predicted_macs
+
+CENTRES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the depth
+WIDTHS = (0.15, 0.22, 0.33)
+NAMES = ("r", "centre", "width", "kl_nats", "images", "cost", "unit")
+
+
+class Schedule(NamedTuple):
+    """r: tokens merged per block. centre, width: of its bell, in shares of the depth; width None is even merging.
+
+    kl_nats: from the dense model, mean over `images` images. cost: of one image in GMACs, or of a batch in ms (`unit`).
+    """
+
+    r: list[int]
+    centre: float
+    width: float | None
+    kl_nats: float
+    images: int
+    cost: float
+    unit: str
+
+    def to_json(self) -> str:
+        """The schedule as one line of JSON."""
+        return json.dumps(self._asdict())
+
+
+def read(path: str | Path) -> Schedule:
+    """The schedule in a JSON file that holds one; ValueError, one line, where it does not."""
+    try:
+        content = json.loads(Path(path).read_text())
+        found = Schedule(**{name: content[name] for name in NAMES})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no schedule ({error}): expected a JSON object of {', '.join(NAMES)}") from None
+    if not isinstance(found.r, list) or not all(isinstance(each, int) and each >= 0 for each in found.r):
+        raise ValueError(f"{path}: r is {found.r}: expected a number of tokens from 0 for each block")
+    return found
+
+
+def bell(depth: int, centre: float, width: float) -> list[float]:
+    """exp(−(l − centre)² / 2 width²) with l the middle of each block; all in shares of the depth."""
+    return [math.exp(-((((block + 0.5) / depth - centre) / width) ** 2) / 2) for block in range(depth)]
+
+
+def fitted(shape: Sequence[float], patches: int, cost: Callable[[list[int]], float], limit: float) -> list[int] | None:
+    """The mildest r, in proportion to `shape` but for rounding, at most half of what runs, that costs at most `limit`;
+    None where no strength is enough."""
+
+    def at(strength: float) -> list[int]:
+        running, r = patches, []
+        for share in shape:
+            r.append(min(round(strength * share), running // 2))
+            running -= r[-1]
+        return r
+
+    low, high = 0.0, float(patches)
+    if cost(at(low)) <= limit:
+        return at(low)
+    if cost(at(high)) > limit:
+        return None
+    while high - low > 0.05:
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle)) <= limit else (middle, high)
+    return at(high)
+
+
+def choose(
+    vit: nn.Module,
+    make: Callable[[nn.Module, list[int]], ToMe],
+    images: Tensor,
+    limit: float,
+    cost: Callable[[ToMe], float] = predicted_macs,
+    unit: str = "GMACs",
+) -> tuple[Schedule, list[Schedule]]:
+    """The schedule under which a merging model answers most as `vit` does at a cost of at most `limit`, and the best of
+    every candidate: those that were dropped early saw fewer images.
+
+    make: the merging model of vit that merges r per block, as Ward or ToMe. images: (N, 3, H, W), on the model's
+    device; never test on them. cost: of a merging model, in `unit`. Unreachable where no candidate is so cheap.
+    """
+    depth, patches = len(vit.blocks), make(vit, 0).patches
+    shapes = [(centre, width, bell(depth, centre, width)) for centre in CENTRES for width in WIDTHS]
+    found: dict[tuple[int, ...], Schedule] = {}
+    for centre, width, shape in [(0.5, None, [1.0] * depth), *shapes]:
+        r = fitted(shape, patches, lambda r: cost(make(vit, r)), limit)
+        if r is not None:
+            found.setdefault(tuple(r), Schedule(r, centre, width, 0.0, 0, cost(make(vit, r)), unit))
+    if not found:
+        raise Unreachable(f"no schedule costs at most {limit:g} {unit}: expected a higher limit")
+    seen, running = [], list(found.values())
+    rounds = max(1, math.ceil(math.log2(len(running))))
+    for part in images.tensor_split([len(images) >> left for left in range(rounds, 0, -1)]):
+        with torch.inference_mode(), blocks.evaluation(vit):
+            clean = vit(part).double().log_softmax(1)
+            running = [_further(each, make(vit, each.r).eval(), part, clean) for each in running]
+        running.sort(key=lambda each: each.kl_nats)
+        keep = max(1, len(running) // 2)
+        seen, running = seen + running[keep:], running[:keep]
+    return running[0], sorted(running + seen, key=lambda each: (-each.images, each.kl_nats))
+
+
+def _further(schedule: Schedule, pruner: nn.Module, images: Tensor, clean: Tensor) -> Schedule:
+    """A schedule with its mean KL over further images, whose dense log-probabilities are `clean`."""
+    if not len(images):
+        return schedule
+    merged = pruner(images).double().log_softmax(1)
+    total = schedule.kl_nats * schedule.images + (clean.exp() * (clean - merged)).sum().item()
+    count = schedule.images + len(images)
+    return schedule._replace(kl_nats=total / count, images=count)
