@@ -28,7 +28,7 @@ from lib.pruners.ucb import UCB
 
 WHAT = {
     **dict.fromkeys(baselines.DROPPING, "share of the running patches that stay, in three blocks"),
-    "tome": "patches merged in every block, r",
+    **dict.fromkeys(training_free.MERGING, "patches merged in every block, r"),
     "anchors": "share of the patches that stay, from block 1 on",
     "ucb": "share of the patches that are embedded at all",
     "avit": "centre of the halting gate: the lower, the earlier tokens halt",
@@ -54,8 +54,8 @@ class View(NamedTuple):
         where nothing merges.
     tokens: per block, prefix tokens included.
     plan: the heads and neurons that stay, of all in `whole`, both explicit; None for methods that drop tokens.
-    probabilities: (classes,). macs_g: counted, for this image. latency_ms, speedup: of this image alone, in turns with
-        dense.
+    probabilities: (classes,). macs_g: counted, for this image. speedup: of this image alone, in turns with dense, and
+        latency_ms, which follows from it and the time of dense.
     """
 
     method: str
@@ -131,14 +131,14 @@ class Subject:
             return "avit", self._gate()["gate_center"]
         if isinstance(self.model, UCB):
             return "ucb", 0.5
-        names = {kind: name for name, kind in baselines.DROPPING.items()} | {baselines.ToMe: "tome"}
+        names = {kind: name for name, kind in (baselines.DROPPING | training_free.MERGING).items()}
         strength = getattr(self.model, "r", getattr(self.model, "keep_ratio", None))
         found = names.get(type(self.model))
         return (found, strength) if found and isinstance(strength, int | float) else None
 
     def slider(self, method: str) -> list[float]:
         """The strengths to choose from, the mildest first."""
-        if method == "tome":
+        if method in training_free.MERGING:
             return list(range(3 * self.vit.patch_embed.num_patches // len(self.vit.blocks) // 2 + 1))
         if method == "avit":
             centre = abs(self._gate()["gate_center"]) or 1.0
@@ -154,12 +154,12 @@ class Subject:
             return saved[1]
         if wanted == -1:
             return values[len(values) // 2]
-        low, high = min(values), max(values)
+        low, high, whole = min(values), max(values), method in training_free.MERGING
         low = 1e-9 if values is RATIOS else low  # a share may be any
-        if method != "avit" and not low <= wanted <= high or (method == "tome" and wanted != int(wanted)):
+        if (method != "avit" and not low <= wanted <= high) or (whole and wanted != int(wanted)):
             unit = f"{WHAT[method]}, {min(values):g} to {max(values):g}"
             raise ExploreError(f"strength is {wanted:g}: expected for {method} the {unit}")
-        return int(wanted) if method == "tome" else wanted
+        return int(wanted) if whole else wanted
 
     def image(self, which: str | bytes) -> np.ndarray:
         """An image (H, W, 3) uint8 as large as the model takes it: a test image by its number, a file, or its bytes."""
@@ -191,19 +191,22 @@ class Subject:
         kept = [ids[0].cpu().numpy() for ids in trace.kept]
         kept = [self.patches] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
         sources = [self._on_grid(each[0]) for each in model.sources(x)] if hasattr(model, "sources") else None
-        timed = self._timed(x, {"dense": self.vit, **({"model": model} if model is not self.vit else {})})
+        speedup = self._speedup(x, model) if model is not self.vit else 1.0
         # a token that EViT has fused is no patch
         counts = model.counts()[1] if hasattr(model, "counts") else [len(ids) + pruner.prefix for ids in kept]
         shares = trace.logits[0].double().softmax(0).cpu().numpy()
         whole = surgery.Plan().explicit(self.vit) if plan else None
-        cost = evaluate.macs(model, x)["macs_g"], timed.latency_ms, timed.speedup
+        cost = evaluate.macs(model, x)["macs_g"], self._dense_ms(x) / speedup, speedup
         return View(method, strength, kept, sources, counts, plan, whole, shares, *cost)
 
-    def _timed(self, x: Tensor, pair: dict[str, nn.Module]) -> pd.Series:
-        """The last model's row of evaluate.latency: over as many rounds as dense takes for a twentieth of a second, but
-        three at least, so that a slider moves while small models still have a steady median."""
-        alone = self._once("dense_ms", lambda: evaluate.latency({"dense": self.vit}, x, repeats=3).latency_ms[0])
-        return evaluate.latency(pair, x, repeats=min(30, max(3, int(50 / alone))), warmup=1).iloc[-1]
+    def _dense_ms(self, x: Tensor) -> float:
+        return self._once("dense_ms", lambda: evaluate.latency({"dense": self.vit}, x, repeats=9).latency_ms[0])
+
+    def _speedup(self, x: Tensor, model: nn.Module) -> float:
+        """In turns with dense, over as many rounds as that takes for a twentieth of a second, but three at least: a
+        slider moves, and small models still have a steady median."""
+        rounds = min(30, max(3, int(50 / self._dense_ms(x))))
+        return evaluate.latency({"dense": self.vit, "": model}, x, repeats=rounds, warmup=1).speedup.iloc[-1]
 
     def _on_grid(self, sources: Tensor) -> np.ndarray:
         found = np.full(self.grid[0] * self.grid[1], -1)
@@ -212,6 +215,9 @@ class Subject:
 
     def _made(self, method: str, strength: float) -> tuple[nn.Module, surgery.Plan | None]:
         """The model as the method makes it, sharing the weights of tokens' methods; the plan of what removes parts."""
+        if (saved := self.begins()) and saved[0] == method and method in training_free.METHODS:  # with its own settings
+            name = "r" if method in training_free.MERGING else "keep_ratio"
+            return type(self.model)(self.vit, **self.model.arguments | {name: strength}).eval(), None
         if method in training_free.METHODS:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*nothing is pruned")  # as is meant at the mildest
@@ -225,12 +231,10 @@ class Subject:
 
     def _rules(self, method: str, strength: float) -> dict[str, Any]:
         rules = {"blocks": [], "seed": 0, "alpha": 0.5, "start_block": 1, "normalise_scores": "minmax", "macs_g": 0.0}
-        if (saved := self.begins()) and saved[0] == method:  # in the same blocks, by the same draw
-            rules |= {name: own for name, own in self.model.arguments.items() if name in rules}
         if method == "anchors":  # one anchor to five others, as token_baselines.ipynb has them
             k, m = training_free.parted(1 / 6, round(strength * self.vit.patch_embed.num_patches))
             return rules | {"k_anchors": k, "top_m": m}
-        return rules | {"r" if method == "tome" else "keep_ratio": strength}
+        return rules | {"r" if method in training_free.MERGING else "keep_ratio": strength}
 
     def _gate(self) -> dict[str, float]:
         if not isinstance(self.model, AViT):
@@ -244,8 +248,7 @@ class Subject:
         """The bandit that the model was saved with, or one that has seen a few images: nothing is trained."""
         if isinstance(self.model, UCB):
             return self.model
-        bandit = UCB(self.vit)
-        bandit.training = True  # it counts in training mode only, and the blocks stay in evaluation mode
+        bandit = UCB(self.vit)  # new, so in training mode, where it counts; the blocks stay in evaluation mode
         with torch.no_grad():
             for x, _ in self._looked_at():
                 bandit(x)

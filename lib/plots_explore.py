@@ -29,7 +29,7 @@ def strips(image: np.ndarray, grid: tuple[int, int], views: Sequence[Any], table
     depth = len(views[0].tokens)
     chosen = evenly(depth, COLUMNS)
     gap, columns = SIDE // 12, len(chosen) + 1
-    width, height = columns * (SIDE + gap) - gap, SIDE + 62
+    width, height = columns * (SIDE + gap) - gap, SIDE + 74
     figure = plt.figure(figsize=((width + 20) / 100, len(views) * height / 100))
     rows = table.iloc[1:].to_dict("records")
     for place, (view, row) in enumerate(zip(views, rows, strict=True)):
@@ -38,7 +38,7 @@ def strips(image: np.ndarray, grid: tuple[int, int], views: Sequence[Any], table
         for column, one in enumerate(pictures):
             left = column * (SIDE + gap)
             strip[:, left : left + SIDE] = _sized(one)
-        bottom = 1 - ((place + 1) * height - 36) / (len(views) * height)
+        bottom = 1 - ((place + 1) * height - 48) / (len(views) * height)
         axis = figure.add_axes((10 / (width + 20), bottom, width / (width + 20), SIDE / (len(views) * height)))
         axis.imshow(strip, interpolation="none", aspect="auto")
         axis.set_title(_title(row), loc="left", fontsize=10, pad=5)
@@ -86,7 +86,8 @@ def _sized(picture: np.ndarray) -> np.ndarray:
 
 def _caption(view: Any, index: int) -> str:
     if view.plan is not None:
-        return f"block {index}\n{len(view.plan.heads[index])} heads, {len(view.plan.neurons[index])} n."
+        heads, neurons = len(view.plan.heads[index]), len(view.plan.neurons[index])
+        return f"block {index}\n{heads} of {len(view.whole.heads[index])} heads\n{neurons} neurons"
     return f"block {index}\n{view.tokens[index]} tokens"
 
 

@@ -15,10 +15,12 @@ from lib.pruners import baselines
 from lib.pruners.anchors import Anchors
 from lib.pruners.dropping import FirstTokens, Unreachable, reaching
 from lib.pruners.tokens import TokenPruner
+from lib.pruners.ward import Ward
 from lib.runs import Run
 from lib.starts import Start
 
-METHODS = (*baselines.DROPPING, "tome", "anchors")
+MERGING = {"tome": baselines.ToMe, "ward": Ward}
+METHODS = (*baselines.DROPPING, *MERGING, "anchors")
 FINETUNING = (
     *("learning_rate", "batch_size", "weight_decay", "warmup_epochs"),
     *("label_smoothing", "augment", "precision", "num_processes"),
@@ -42,11 +44,12 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
         seed = {"seed": rules["seed"]} if method == "random" else {}
         make = lambda strength: baselines.DROPPING[method](vit, 1 - strength, blocks, **seed)  # noqa: E731
         return reaching(make, macs_g, 1 - 1e-3) if macs_g else make(1 - rules["keep_ratio"])
-    if method == "tome":
+    if method in MERGING:
+        gamma = {"gamma": rules.get("gamma", 0.5)} if method == "ward" else {}
         if macs_g:
             most = len(vit.blocks) * patches // 2  # half in every block
-            return reaching(lambda total: baselines.ToMe.of_total(vit, total), macs_g, most)
-        return baselines.ToMe(vit, rules["r"])
+            return reaching(lambda total: MERGING[method].of_total(vit, total, **gamma), macs_g, most)
+        return MERGING[method](vit, rules["r"], **gamma)
     if not macs_g:
         return Anchors(vit, _number(rules["k_anchors"]), _number(rules["top_m"]), **fixed)
     given = [value if value >= 1 else value * patches for value in (rules["k_anchors"], rules["top_m"])]
@@ -63,7 +66,9 @@ def check(run: Run) -> None:
     method, free = run.params["method"], set()
     if method in baselines.DROPPING:
         free = {"blocks", "seed"} if method == "random" else {"blocks"}
-    strength = {"tome": {"r"}, "anchors": {"k_anchors", "top_m"}}.get(method, {"keep_ratio"})
+    strength = {"tome": {"r"}, "ward": {"r"}, "anchors": {"k_anchors", "top_m"}}.get(method, {"keep_ratio"})
+    if method == "ward" or run.params["ceilings"]:
+        free |= {"gamma"}
     if method == "anchors" or run.params["ceilings"] or run.params["shares"]:  # all methods take part, or anchors do
         free |= {"alpha", "start_block", "normalise_scores", "k_anchors", "top_m"}
     if run.params["ceilings"]:
@@ -74,8 +79,8 @@ def check(run: Run) -> None:
         free |= {"seed"}
     else:
         run.refuse(*FINETUNING, because="finetune_epochs is 0")
-    others = {"keep_ratio", "r", "blocks", "seed", "k_anchors", "top_m", "alpha", "start_block", "normalise_scores"}
-    for name in sorted(others - free):
+    others = {"keep_ratio", "r", "gamma", "blocks", "seed", *("k_anchors", "top_m", "alpha", "start_block")}
+    for name in sorted({*others, "normalise_scores"} - free):
         ceiling = name in strength and run.params["macs_g"]
         run.refuse(name, because="macs_g says how strong" if ceiling else f"method is {method!r}")
 
@@ -233,7 +238,7 @@ def kept(pruner: TokenPruner, images: Tensor) -> list[Tensor]:
 
 
 def kept_in(pruners: Mapping[str, TokenPruner], images: Any) -> dict[str, list[Tensor]]:
-    """`kept` of up to 256 test images spread evenly, by method; without ToMe, which keeps all in a way."""
+    """`kept` of up to 256 test images spread evenly, by method; without what merges, which keeps all in a way."""
     x = evaluate.batch(images, COUNTED)
     return {name: kept(pruner, x) for name, pruner in pruners.items() if not isinstance(pruner, baselines.ToMe)}
 

@@ -491,7 +491,7 @@ def test_strips_have_a_row_for_each_view_and_tell_its_numbers(subject, image):
         assert captions[0] == "image" and len(captions) == 5
         told = f"{view.tokens[2]} tokens"
         if view.plan:
-            told = f"{len(view.plan.heads[2])} heads, {len(view.plan.neurons[2])} n."
+            told = f"{len(view.plan.heads[2])} of 2 heads\n{len(view.plan.neurons[2])} neurons"
         assert captions[3] == f"block 2\n{told}"
     plots_explore.plt.close(figure)
 

@@ -119,11 +119,11 @@ class ToMe(TokenPruner):
         self.r, self.rs = r, rs
 
     @classmethod
-    def of_total(cls, vit: nn.Module, total: float) -> "ToMe":
-        """Merge `total` tokens in all, as evenly over the blocks as whole numbers allow."""
+    def of_total(cls, vit: nn.Module, total: float, **others: object) -> "ToMe":
+        """Merge `total` tokens in all, as evenly over the blocks as whole numbers allow; others: of the constructor."""
         depth = len(TokenPruner(vit).vit.blocks)
         steps = [round(total * index / depth) for index in range(depth + 1)]
-        return cls(vit, [after - before for before, after in zip(steps, steps[1:], strict=False)])
+        return cls(vit, [after - before for before, after in zip(steps, steps[1:], strict=False)], **others)
 
     @property
     def arguments(self) -> dict:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from lib import blocks
+from lib import blocks, costs
 from lib.pruners.baselines import ToMe
 from lib.pruners.dropping import Unreachable, predicted_macs
 
@@ -125,3 +127,28 @@ def _further(schedule: Schedule, pruner: nn.Module, images: Tensor, clean: Tenso
     total = schedule.kl_nats * schedule.images + (clean.exp() * (clean - merged)).sum().item()
     count = schedule.images + len(images)
     return schedule._replace(kl_nats=total / count, images=count)
+
+
+def milliseconds(
+    vit: nn.Module, make: Callable[[nn.Module, list[int]], ToMe], images: Tensor
+) -> Callable[[ToMe], float]:
+    """A cost for `choose`: milliseconds for a batch like `images` (B, 3, H, W) on this machine and device, estimated.
+
+    Ten schedules are timed in turns. Their times are fitted by what they consist of, with no part below 0: tokens,
+    pairs of tokens, merging blocks and a constant.
+    """
+    depth = len(vit.blocks)
+    patches = make(vit, [0] * depth).patches
+    shapes = [[1.0] * depth, bell(depth, 0.25, 0.2), bell(depth, 0.6, 0.2)]
+    left = [0.7 * patches, 0.4 * patches, 0.1 * patches]
+    schedules = [fitted(shape, patches, lambda r: patches - sum(r), most) for most in left for shape in shapes]
+    pruners = {str(place): make(vit, r) for place, r in enumerate([[0] * depth, *filter(None, schedules)])}
+    times = costs.latency(pruners, images, repeats=15).latency_ms
+    parts, _ = nnls(np.array([_work(pruner) for pruner in pruners.values()]), times.to_numpy())
+    return lambda pruner: float(parts @ _work(pruner))
+
+
+def _work(pruner: ToMe) -> np.ndarray:
+    """What the time of a merging model consists of: tokens, pairs of tokens, merging blocks, one."""
+    attention, mlp = (np.array(counts, dtype=float) for counts in pruner.counts())
+    return np.array([mlp.sum() / 1e3, (attention**2).sum() / 1e6, (attention != mlp).sum() / 10, 1.0])

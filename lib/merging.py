@@ -1,0 +1,53 @@
+"""What merging.ipynb starts from: how it merges, the images that decide, the budget to meet."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from lib import data, evaluate
+from lib.params import ParameterError
+from lib.pruners import schedule
+from lib.pruners.baselines import ToMe
+from lib.pruners.dropping import predicted_macs
+from lib.pruners.tokens import TokenPruner
+from lib.pruners.ward import Ward
+from lib.runs import Run, resolve, root
+from lib.starts import Start
+
+
+def method(run: Run) -> Callable[[nn.Module, list[int]], ToMe]:
+    """What merges r patches per block of a ViT by the method that merging.ipynb was given; ParameterError where a
+    parameter would do nothing."""
+    if run.params["method"] != "ward":
+        run.refuse("gamma", because=f"method is {run.params['method']!r}")
+        return ToMe
+    return partial(Ward, gamma=run.params["gamma"])
+
+
+def images_of(run: Run, start: Start) -> Tensor:
+    """The images (n, 3, H, W) that decide on a schedule: of the validation images, or of the dataset `calibrate_on`.
+
+    ParameterError where there are none, or where they are those that are tested on.
+    """
+    images, count = start.images, run.params["calibration_images"]
+    if other := run.params["calibrate_on"]:
+        found = data.load(resolve(other), img_size=evaluate.image_shape(images)[1], root=root() / "data")
+        if found.digest == images.digest:
+            raise ParameterError(f"calibrate_on is {other!r}, the images that are tested on: expected others")
+        images = replace(found, mean=images.mean, std=images.std)
+    split = next((name for name in ("val", "train", "test" if other else "val") if len(getattr(images, name))), None)
+    if split is None:
+        raise ParameterError(f"{images.name} has no validation images: expected a dataset as calibrate_on")
+    return evaluate.batch(images, count, split=split)
+
+
+def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[TokenPruner], float], str]:
+    """What merging.ipynb has to meet, how it is reckoned, and its unit."""
+    if limit := run.params["latency_ms"]:
+        run.refuse("macs_g", because="latency_ms is the budget")
+        batch = evaluate.batch(start.images, run.params["latency_batch"]).to(evaluate.device())
+        return limit, schedule.milliseconds(start.vit, merge, batch), "ms"
+    half = predicted_macs(merge(start.vit, 0)) / 2
+    return run.params["macs_g"] or half, predicted_macs, "GMACs"
