@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lib.plots import methods_palette
 
@@ -27,8 +27,9 @@ def schedules(candidates: Sequence[dict[str, Any]]) -> Figure:
     table = pd.DataFrame(candidates).assign(shape=lambda rows: np.where(rows.width.isna(), "even", "bell"))
     palette = methods_palette(["bell", "even"])
     sns.scatterplot(table, x="images", y="kl_nats", style="shape", hue="shape", palette=palette, s=60, ax=right)
-    right.set(xlabel="images seen until it was dropped", ylabel="KL from the dense model (nats)", ylim=(0, None))
+    right.set(xlabel="images seen until it was dropped", ylabel="KL from the dense model (nats)", yscale="log")
     right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter(ScalarFormatter())
     right.legend(frameon=False)
     sns.despine(figure)
     return figure
