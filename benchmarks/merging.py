@@ -5,8 +5,8 @@
 
 All at the same multiply-adds (`--ceilings`: dense divided by those). Per way: top-1 and NLL on the test images, KL from
 dense; paired with ToMe, McNemar's p of top-1 and a bootstrap's 95 % interval of the NLL's difference. Schedules are
-chosen on `--calibrate` images that are not tested on: validation images, or, where all images are test, so many of them,
-drawn at random (of the ImageNet sample 300: those that Ward merging was made with).
+chosen on `--calibrate` images that are not tested on: validation images or, where all images are test, so many of them,
+at random (of the ImageNet sample 300: those that Ward merging was made with).
 """
 
 import argparse
