@@ -9,6 +9,7 @@ block on 64 of them did worse than even merging on others.
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +68,10 @@ def fitted(shape: Sequence[float], patches: int, cost: Callable[[list[int]], flo
     None where no strength is enough."""
 
     def at(strength: float) -> list[int]:
+        due = [round(strength * each) for each in accumulate(shape)]  # so that all of r, too, is as near as may be
         running, r = patches, []
-        for share in shape:
-            r.append(min(round(strength * share), running // 2))
+        for before, after in zip([0, *due], due, strict=False):
+            r.append(min(after - before, running // 2))
             running -= r[-1]
         return r
 
