@@ -13,7 +13,7 @@ from lib.pruners.baselines import ToMe
 from lib.pruners.dropping import predicted_macs
 from lib.pruners.tokens import TokenPruner
 from lib.pruners.ward import Ward
-from lib.runs import Run, resolve, root
+from lib.runs import Run, resolve, root, write
 from lib.starts import Start
 
 
@@ -51,3 +51,23 @@ def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[To
         return limit, schedule.milliseconds(start.vit, merge, batch), "ms"
     half = predicted_macs(merge(start.vit, 0)) / 2
     return run.params["macs_g"] or half, predicted_macs, "GMACs"
+
+
+def found(run: Run, start: Start, merge: Callable) -> tuple[schedule.Schedule, list[schedule.Schedule]]:
+    """The schedule for merging.ipynb and the candidates it was chosen from: looked for, or read from `schedule_path`.
+
+    It lies in the run's folder as schedule.json, too. ParameterError where a file's is for another depth.
+    """
+    depth = len(start.vit.blocks)
+    if path := run.params["schedule_path"]:
+        run.refuse("macs_g", "latency_ms", "calibration_images", "calibrate_on", because="schedule_path is given")
+        best = schedule.read(resolve(path))
+        if len(best.r) != depth:
+            raise ParameterError(f"{path} is for {len(best.r)} blocks: expected one for {depth}")
+        candidates = [best]
+    else:
+        images, (limit, cost, unit) = images_of(run, start), budget(run, start, merge)
+        print(f"at most {limit:.4g} {unit}, {len(images)} images decide")
+        best, candidates = schedule.choose(start.vit, merge, images.to(evaluate.device()), limit, cost, unit)
+    write(run.dir / "schedule.json", lambda file: file.write_text(best.to_json() + "\n"))
+    return best, candidates

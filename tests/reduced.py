@@ -35,6 +35,7 @@ OF = {  # of some
     "acdc": {"group_size": 96, "threshold": 0.05, "analysis_batches": 1},
     "eap": {"analysis_batches": 1},
     "avit_visual": {"img_idxs": [0, 5], "extremes": 3},
+    "merging": {"calibration_images": 16},
     "token_baselines": {"finetune_epochs": 1},
 }
 

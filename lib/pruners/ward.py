@@ -16,6 +16,7 @@ each other. ToMe looks at the angle between mean keys alone. That importance hel
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,8 +61,9 @@ class Ward(ToMe):
             rows = q[:, :, :1] if self.vit.has_class_token else q
             sizes = F.pad(size.log(), (prefix, 0))[:, None, None]  # ToMe's proportional attention, (B, 1, 1, N)
             attention = blocks.probabilities(attn, rows, k, sizes).mean(dim=(1, 2))[:, prefix:] / size  # (B, n)
-            attention = attention / attention.mean(dim=1, keepdim=True)  # near 1: no power of it vanishes
-            weight = size * attention.clamp(min=1e-6) ** self.gamma
+            attention = attention / attention.mean(dim=1, keepdim=True)  # near 1: few powers of it vanish
+            power = attention.clamp(min=1e-6) ** self.gamma
+            weight = size * power.clamp(min=torch.finfo(power.dtype).tiny)  # of weights 0 there is no mean
         k = k[:, :, prefix:]
         k = head_sum(k) if self.keys == "mean" else k.transpose(1, 2).flatten(2)  # (B, n, d) or (B, n, H · d)
         if self.linkage == "cosine":
