@@ -20,6 +20,7 @@ from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
 from lib.pruners.tokens import FixedPatches
 from lib.pruners.ucb import UCB
+from lib.pruners.ward import Ward
 
 matplotlib.use("Agg")
 CLASSES = ["dark", "grey", "bright"]
@@ -29,6 +30,7 @@ TOKENS = {  # name: (strength, the method itself)
     "topk": (0.5, lambda vit: baselines.TopK(vit, 0.5)),
     "evit": (0.5, lambda vit: baselines.EViT(vit, 0.5)),
     "tome": (2, lambda vit: baselines.ToMe(vit, 2)),
+    "ward": (2, lambda vit: Ward(vit, 2)),
     "anchors": (0.5, lambda vit: Anchors(vit, k_anchors=1, top_m=7)),
     "avit": (0.7, lambda vit: AViT(vit, gate_scale=0.5, gate_center=0.7)),
 }
@@ -36,6 +38,7 @@ SAVED = {  # name: (method and strength that it begins with, the model)
     "topk": (("topk", 0.3), lambda vit: baselines.TopK(vit, 0.3, blocks=[2])),
     "random": (("random", 0.5), lambda vit: baselines.RandomDrop(vit, 0.5, seed=3)),
     "tome": (("tome", 7), lambda vit: baselines.ToMe(vit, 7)),
+    "ward": (("ward", 3), lambda vit: Ward(vit, 3, gamma=2.0)),
     "avit": (("avit", 0.8), lambda vit: AViT(vit, 2.0, 0.8, eps=0.05)),
     "ucb": (("ucb", 0.5), UCB),
 }

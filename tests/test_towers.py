@@ -16,7 +16,9 @@ from lib.pruners.baselines import DROPPING, ToMe
 from lib.pruners.dropping import predicted_macs, reaching
 from lib.pruners.tokens import FixedPatches, TokenPruner
 from lib.pruners.ucb import UCB
+from lib.pruners.ward import Ward
 from lib.towers import Tower, is_tower
+from lib.training_free import MERGING
 
 transformer = pytest.importorskip("open_clip.transformer", reason="open_clip is not installed")
 
@@ -34,12 +36,14 @@ TOWERS = {
 METHODS = {
     **{name: lambda tower, make=make: make(tower, 0.6) for name, make in DROPPING.items()},
     "tome": lambda tower: ToMe(tower, [5, 3, 2]),
+    "ward": lambda tower: Ward(tower, [5, 3, 2]),
     "anchors": lambda tower: Anchors(tower, 3, 4),
 }
 MILD = {
     "none": TokenPruner,
     **{name: lambda tower, make=make: make(tower, 1.0) for name, make in DROPPING.items()},
     "tome": lambda tower: ToMe(tower, 0),
+    "ward": lambda tower: Ward(tower, 0),
     "anchors": lambda tower: Anchors(tower, 8, 8),
 }
 both_layouts = pytest.mark.parametrize("batch_first", [True, False], ids=["NLD", "LND"])
@@ -152,7 +156,7 @@ def test_methods_do_what_they_do_on_timms_vit(name, batch_first, method):
     for one, two in zip(found.kept, expected.kept, strict=True):
         assert [ids.tolist() for ids in one] == [ids.tolist() for ids in two]
     assert torch.equal(found.depth, expected.depth) and ours.counts() == theirs.counts()
-    if method == "tome":
+    if method in MERGING:
         assert all(torch.equal(*pair) for pair in zip(ours.sources(images()), theirs.sources(images()), strict=True))
     if method == "anchors":
         assert torch.equal(ours.anchors(images()), theirs.anchors(images()))
@@ -240,7 +244,7 @@ class Undecided(nn.Module):
 def test_predicted_macs_are_those_counted(method):
     with torch.device("meta"):
         visual = transformer.VisionTransformer(224, 32, 768, 4, 12, 4.0, act_layer=transformer.QuickGELU).eval()
-    pruner = METHODS[method](visual) if method != "tome" else ToMe(visual, 6)
+    pruner = MERGING[method](visual, 6) if method in MERGING else METHODS[method](visual)
     if method == "anchors":
         pruner = Anchors(visual, 5, 0.4)
     assert predicted_macs(pruner) == pytest.approx(evaluate.macs(pruner, (3, 224, 224))["macs_g"], rel=0.02)
@@ -309,7 +313,7 @@ def test_saved_towers_are_refused_in_one_line(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("method", ["topk", "tome", "anchors"])
+@pytest.mark.parametrize("method", ["topk", "tome", "ward", "anchors"])
 def test_exports(method):
     pruner = METHODS[method](make()).float()
     x = images(2).float()

@@ -46,6 +46,7 @@ def masked(start):
      ({"method": "evit", "blocks": [0, 2], "keep_ratio": 0.25}, "EViT", {"keep_ratio": 0.25, "blocks": [0, 2]}),
      ({"method": "random", "seed": 3}, "RandomDrop", {"keep_ratio": 0.5, "blocks": [1, 2, 3], "seed": 3}),
      ({"method": "tome"}, "ToMe", {"r": 2}),
+     ({"method": "ward", "gamma": 1.0}, "Ward", {"r": 2, "gamma": 1.0, "linkage": "ward", "keys": "heads"}),
      ({"method": "anchors", "k_anchors": 3.0, "start_block": 2, "normalise_scores": "none"}, "Anchors",
       {"k_anchors": 3, "top_m": 0.4, "alpha": 0.3, "start_block": 2, "normalise": "none"})],
 )  # fmt: skip
@@ -60,6 +61,10 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
     ("values", "fault"),
     [({"method": "tome", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'tome'"),
      ({"r": 3}, "r is 3, but method is 'topk'"),
+     ({"gamma": 1.0, "ceilings": []}, "gamma is 1.0, but method is 'topk'"),
+     ({"method": "ward", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'ward'"),
+     ({"method": "ward", "r": 3, "macs_g": 0.1}, "r is 3, but macs_g says how strong"),
+     ({"method": "ward", "alpha": 0.1, "ceilings": []}, "alpha is 0.1, but method is 'ward'"),
      ({"keep_ratio": 0.3, "macs_g": 0.1}, "keep_ratio is 0.3, but macs_g says how strong"),
      ({"method": "tome", "blocks": [2], "ceilings": []}, "blocks is [2], but method is 'tome'"),
      ({"seed": 1, "ceilings": []}, "seed is 1, but method is 'topk'"),
@@ -70,6 +75,8 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
      ({"method": "anchors", "alpha": 0.1, "top_m": 3, "ceilings": []}, ""),
      ({"method": "random", "seed": 1, "blocks": [1], "ceilings": []}, ""),
      ({"method": "tome", "r": 3, "ceilings": []}, ""),
+     ({"method": "ward", "r": 3, "gamma": 1.0, "ceilings": []}, ""),
+     ({"gamma": 1.0}, ""),
      ({"method": "tome", "alpha": 0.1, "blocks": [2], "seed": 1}, ""),  # all methods are shown at ceilings
      ({"alpha": 0.1, "ceilings": [], "shares": [0.5]}, "")],
 )  # fmt: skip
@@ -90,7 +97,7 @@ def test_peers_hide_no_faults(start, capsys):
         training_free.peers(start.vit, RULES | {"start_block": 40}, 1.0)
     bare = models.create("vit_digits", 3, **TINY, class_token=False, global_pool="avg").eval()
     found = training_free.peers(bare, RULES, 1.0)
-    assert [*found] == ["random", "grid", "topk", "evit", "tome"]
+    assert [*found] == ["random", "grid", "topk", "evit", "tome", "ward"]
     assert capsys.readouterr().out.startswith("left out anchors: ")
 
 
@@ -115,7 +122,7 @@ def test_peers_leave_out_and_say_what_cannot_be_so_cheap(start, capsys):
     assert {*training_free.peers(start.vit, RULES, whole / 1.5)} == {*training_free.METHODS}
     assert capsys.readouterr().out == ""
     found = training_free.peers(start.vit, RULES, whole / 2.5)
-    assert [*found] == ["tome"] and predicted_macs(found["tome"]) <= whole / 2.5
+    assert [*found] == ["tome", "ward"] and all(predicted_macs(each) <= whole / 2.5 for each in found.values())
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": macs_g is ")[0] for line in lines] == [
         *(f"left out {name}" for name in ("random", "grid", "topk", "evit", "anchors"))
@@ -126,8 +133,8 @@ def test_peers_leave_out_and_say_what_cannot_be_so_cheap(start, capsys):
 def test_scan_holds_every_method_at_every_ceiling(start, capsys):
     table = training_free.scan(start, RULES, [1.5, 2.5], latency_batch=2)
     whole = table.macs_g[0]
-    assert table.method.tolist() == ["dense", *training_free.METHODS, "tome"]
-    assert table.ceiling.tolist()[1:] == [1.5] * 6 + [2.5] and np.isnan(table.ceiling[0])
+    assert table.method.tolist() == ["dense", *training_free.METHODS, "tome", "ward"]
+    assert table.ceiling.tolist()[1:] == [1.5] * 7 + [2.5] * 2 and np.isnan(table.ceiling[0])
     assert (table.macs_g[1:] < 1.02 * whole / table.ceiling[1:]).all() and (table.speedup[1:] > 0).all()
     assert (table.n == 9).all() and table.agreement[0] == 1 and "left out anchors" in capsys.readouterr().out
     topk = training_free.build(start.vit, RULES, "topk", whole / 1.5)
