@@ -27,9 +27,11 @@ def method(run: Run) -> Callable[[nn.Module, list[int]], ToMe]:
 
 
 def images_of(run: Run, start: Start) -> Tensor:
-    """The images (n, 3, H, W) that decide on a schedule: of the validation images, or of the dataset `calibrate_on`.
+    """The images (n, 3, H, W) that decide on a schedule: of the validation images, or of the dataset `calibrate_on`;
+    where those have none for validation, of what they train on, or of all of another dataset.
 
-    ParameterError where there are none, or where they are those that are tested on.
+    Every first part of them is spread over the files, too, for rounds look at first parts. ParameterError where there
+    are none, or where they are those that are tested on.
     """
     images, count = start.images, run.params["calibration_images"]
     if other := run.params["calibrate_on"]:
@@ -40,7 +42,7 @@ def images_of(run: Run, start: Start) -> Tensor:
     split = next((name for name in ("val", "train", "test" if other else "val") if len(getattr(images, name))), None)
     if split is None:
         raise ParameterError(f"{images.name} has no validation images: expected a dataset as calibrate_on")
-    return evaluate.batch(images, count, split=split)
+    return evaluate.batches(images, 1, count, split=split)[0][0]
 
 
 def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[TokenPruner], float], str]:

@@ -118,11 +118,11 @@ def mosaic(image: np.ndarray, sources: Sequence[int], grid: tuple[int, int]) -> 
     """The image (H, W, 3) uint8, enlarged, with every merged group of patches in its mean colour, a line around each;
     a patch that was not merged stays as it is. sources: per patch (P,) the one whose token it is part of."""
     big = image.repeat(-(-200 // len(image)), axis=0).repeat(-(-200 // len(image)), axis=1)
-    groups = _upsampled(np.asarray(sources).reshape(grid), big)
-    names, place, patches = np.unique(groups, return_inverse=True, return_counts=True)
-    colour = np.stack([np.bincount(place.ravel(), big[..., c].ravel()) for c in range(3)], axis=1) / patches[:, None]
-    single = np.bincount(np.asarray(sources), minlength=grid[0] * grid[1])[groups] == 1
-    shown = np.where(single[..., None], big, colour[place.reshape(groups.shape)])
+    groups, patches = _upsampled(np.asarray(sources).reshape(grid), big), grid[0] * grid[1]
+    pixels = np.maximum(1, np.bincount(groups.ravel(), minlength=patches))
+    sums = [np.bincount(groups.ravel(), big[..., channel].ravel(), minlength=patches) for channel in range(3)]
+    single = np.bincount(np.asarray(sources), minlength=patches)[groups] == 1
+    shown = np.where(single[..., None], big, (np.stack(sums, axis=1) / pixels[:, None])[groups])
     edge = np.zeros(groups.shape, bool)
     edge[:-1] |= groups[:-1] != groups[1:]
     edge[:, :-1] |= groups[:, :-1] != groups[:, 1:]

@@ -112,6 +112,8 @@ def choose(
     seen, running = [], list(found.values())
     rounds = max(1, math.ceil(math.log2(len(running))))
     for part in images.tensor_split([len(images) >> left for left in range(rounds, 0, -1)]):
+        if not len(part):  # few images: nothing is dropped unseen
+            continue
         with torch.inference_mode(), blocks.evaluation(vit):
             clean = vit(part).double().log_softmax(1)
             running = [_further(each, make(vit, each.r).eval(), part, clean) for each in running]
@@ -123,8 +125,6 @@ def choose(
 
 def _further(schedule: Schedule, pruner: nn.Module, images: Tensor, clean: Tensor) -> Schedule:
     """A schedule with its mean KL over further images, whose dense log-probabilities are `clean`."""
-    if not len(images):
-        return schedule
     merged = pruner(images).double().log_softmax(1)
     total = schedule.kl_nats * schedule.images + (clean.exp() * (clean - merged)).sum().item()
     count = schedule.images + len(images)
