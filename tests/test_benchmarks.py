@@ -71,3 +71,27 @@ def test_every_token_method_is_held_against_its_ceiling():
     assert {*table.method} == {*training_free.METHODS}
     assert ((table["MACs"] >= 1.5) & (table["MACs"] < 1.6)).all(), "as mild as that allows"
     assert (table[["speed-up", "ceiling", "share"]] > 0).all(axis=None)
+
+
+def test_every_way_of_merging_costs_the_same_and_is_measured_as_it_answers():
+    merging, vit = load("merging"), models.create("vit_digits", 10).eval()
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(12, 3, 48, 48, generator=generator), torch.arange(12) % 10
+    table = merging.measured(vit, torch.randn(16, 3, 48, 48, generator=generator), x, labels, [1.5]).set_index("way")
+    assert [*table.index] == ["dense", "Top-K", "EViT", *merging.WAYS, "ToMe, scheduled", "Ward, scheduled"]
+    assert ((table.MACs[1:] >= 1.5) & (table.MACs[1:] < 1.6)).all() and table.p["ToMe":][1:].notna().all()
+    clean = vit(x).double().log_softmax(1)
+    assert table.NLL["dense"] == pytest.approx(-clean[range(12), labels].mean().item(), abs=1e-6)
+    assert table.top1["dense"] == (clean.argmax(1) == labels).double().mean().item() and (table.KL[1:] > 0).all()
+    assert (table["NLL low"] <= table["NLL high"])[4:].all()
+
+
+def test_moves_of_a_slider_are_timed_each_on_another_strength(monkeypatch):
+    explore, drawn = load("explore"), []
+    draw = explore.widgets.Explorer.draw
+    monkeypatch.setattr(
+        explore.widgets.Explorer, "draw", lambda self: (draw(self), drawn.append(self.strengths[0].value))
+    )
+    taken = explore.moves("checkpoints/vit_digits.safetensors", "topk", 3)
+    assert len(taken) == 3 and all(seconds > 0 for seconds in taken)
+    assert len({*drawn[-3:]}) == 3 and drawn[0] not in drawn[-3:]

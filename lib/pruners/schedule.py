@@ -2,8 +2,8 @@
 
 Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks. Unlabelled
 images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few images, the
-better half on as many more, until one is left. Two numbers are what a few images can tell: r that was chosen block by
-block on 64 of them did worse than even merging on others.
+better half on as many more, until one is left. A bell has two numbers, which a few images can tell; a number for every
+block would fit the images.
 """
 
 import json
