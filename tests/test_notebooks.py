@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from lib import attention_maps, models, params
+from lib.pruners import schedule
+from lib.pruners.baselines import ToMe
+from lib.pruners.ward import Ward
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -385,7 +388,7 @@ def test_token_baselines(folder, dense):
     assert 0 <= metrics["agreement"] <= 1 and models.load(run).keep_ratio == 0.5
     whole, *rows = metrics["ceilings"]
     assert whole["method"] == "dense" and whole["agreement"] == 1 and whole["top1"] == metrics["dense_top1"]
-    assert [row["method"] for row in rows] == ["random", "grid", "topk", "evit", "tome", "anchors"]
+    assert [row["method"] for row in rows] == ["random", "grid", "topk", "evit", "tome", "ward", "anchors"]
     assert all(0.9 * whole["macs_g"] / 1.5 < row["macs_g"] < 1.01 * whole["macs_g"] / 1.5 for row in rows)
     whole, *rows = metrics["settings"]
     assert whole["method"] == "dense" and whole["setting"] is None and len(rows) == 5 + 5 + 3 + 2
@@ -418,6 +421,47 @@ def test_token_baselines_under_a_ceiling(folder, dense, method):
     assert 0.027 < metrics["macs_g"] < 0.0303 and metrics["ceilings"] == []
     assert metrics["method"] == f"{method}-tuned" and metrics["oneshot_nll_nats"] != metrics["nll_nats"]
     assert metrics["dense_top1"] == json.loads((dense / "metrics.json").read_text())["top1"], "dense stays as it was"
+
+
+def check_merging(run: Path, kind: type, method: str, unit: str, ways: list[str | None]) -> dict:
+    """What a run of merging.ipynb leaves; returns its metrics."""
+    metrics = check_run(run, "schedules", "kept", trained=False)
+    best, model = schedule.read(run / "schedule.json"), models.load(run)
+    assert metrics["method"] == method and metrics["schedule"] == best._asdict() and best.unit == unit
+    assert metrics["setting"] == f"{best.cost:.3g} {unit}, scheduled" and metrics["share_of_ceiling"] > 0
+    assert type(model) is kind and model.r == best.r and metrics["tokens"] == model.counts()[1]
+    assert [row["schedule"] for row in metrics["ways"]] == ways and metrics["ways"][0]["method"] == "dense"
+    whole, *_, chosen = metrics["ways"]
+    assert whole["agreement"] == 1 and whole["top1"] == metrics["dense_top1"] and chosen["method"] == method
+    assert chosen["top1"] == metrics["top1"] and chosen["agreement"] == metrics["agreement"]
+    return metrics
+
+
+def test_merging(folder, dense):
+    """For a budget of multiply-adds, and once more by the schedule that was found."""
+    values = {"model_path": str(dense), "gamma": 1.0, "calibration_images": 16, "latency_batch": 4}
+    run, result = papermill("merging", folder, macs_g=0.03, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_merging(run, Ward, "ward", "GMACs", [None, "even", "chosen"])
+    assert 0.028 < metrics["schedule"]["cost"] <= 0.03 and metrics["macs_g"] == pytest.approx(0.03, rel=0.07)
+    assert metrics["schedule"]["images"] == 8, "all validation images"
+    assert models.load(run).gamma == 1
+    values = {"model_path": str(dense), "method": "tome", "schedule_path": str(run / "schedule.json")}
+    again, result = papermill("merging", folder, ROOT / "notebooks", run_name="again", latency_batch=4, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ways = [None, "chosen"] if metrics["schedule"]["width"] else [None, "even", "chosen"]
+    found = check_merging(again, ToMe, "tome", "GMACs", ways)
+    assert found["schedule"] == metrics["schedule"] and found["tokens"] == metrics["tokens"]
+
+
+def test_merging_for_a_time(folder, dense):
+    """A time that the dense model takes on any machine: nothing has to go."""
+    values = {"model_path": str(dense), "method": "tome", "latency_ms": 1e5, "calibration_images": 16}
+    run, result = papermill("merging", folder, ROOT / "notebooks", run_name="time", latency_batch=4, **values)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = check_merging(run, ToMe, "tome", "ms", [None, "even", "chosen"])
+    assert metrics["schedule"]["r"] == [0] * 6 and 0 < metrics["schedule"]["cost"] < 1e5
+    assert metrics["agreement"] == 1 and metrics["macs_g"] == pytest.approx(metrics["dense_macs_g"])
 
 
 def test_clip_zeroshot(folder, dataset, dense):
