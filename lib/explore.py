@@ -187,14 +187,19 @@ class Subject:
         x = self.inputs(image)
         model, plan = self._made(method, strength)
         pruner = model if isinstance(model, TokenPruner) else TokenPruner(model)
-        trace = pruner.trace(x)
-        kept = [ids[0].cpu().numpy() for ids in trace.kept]
-        kept = [self.patches] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
-        sources = [self._on_grid(each[0]) for each in model.sources(x)] if hasattr(model, "sources") else None
+        if hasattr(model, "sources"):  # what merges: both from one run
+            with torch.inference_mode():
+                logits, record = model.run(x)
+            kept = [model.original(ids[0]).sort().values.cpu().numpy() for ids, _ in record]
+            sources = [self._on_grid(model.original(each[0])) for _, each in record]
+        else:
+            trace, sources = pruner.trace(x), None
+            logits, kept = trace.logits, [ids[0].cpu().numpy() for ids in trace.kept]
+            kept = [self.patches] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
         speedup = self._speedup(x, model) if model is not self.vit else 1.0
         # a token that EViT has fused is no patch
         counts = model.counts()[1] if hasattr(model, "counts") else [len(ids) + pruner.prefix for ids in kept]
-        shares = trace.logits[0].double().softmax(0).cpu().numpy()
+        shares = logits[0].double().softmax(0).cpu().numpy()
         whole = surgery.Plan().explicit(self.vit) if plan else None
         cost = evaluate.macs(model, x)["macs_g"], self._dense_ms(x) / speedup, speedup
         return View(method, strength, kept, sources, counts, plan, whole, shares, *cost)
@@ -206,7 +211,7 @@ class Subject:
         """In turns with dense, over as many rounds as that takes for a twentieth of a second, but three at least: a
         slider moves, and small models still have a steady median."""
         rounds = min(30, max(3, int(50 / self._dense_ms(x))))
-        return evaluate.latency({"dense": self.vit, "": model}, x, repeats=rounds, warmup=1).speedup.iloc[-1]
+        return evaluate.latency({"dense": self.vit, "": model}, x, repeats=rounds, warmup=0).speedup.iloc[-1]
 
     def _on_grid(self, sources: Tensor) -> np.ndarray:
         found = np.full(self.grid[0] * self.grid[1], -1)
