@@ -21,6 +21,7 @@ if workflow.is_main_process:
 
 rule all:
     input:
+        [f"{OUTPUT}/{run}/DONE" for run in RUNS],  # a report of what there is does not make the rest needless
         f"{OUTPUT}/report/index.html",
 
 

@@ -263,7 +263,7 @@ def test_a_run_that_wants_more_gpus_than_there_are_says_so_in_one_line(two_gpus,
 
 STEP = """
 source: str = ""  # a run that it needs
-fails: bool = False
+fault: str = ""  # a file that makes the run fail while it is there
 output_dir: str = "outputs"
 run_name: str = ""
 """
@@ -272,7 +272,7 @@ import os
 {imports}
 from lib import runs
 run = runs.start("{name}", globals())
-assert not fails, "asked to fail"
+assert not os.path.exists(fault), "asked to fail"
 run.finish({{"threads": os.environ["OMP_NUM_THREADS"]}})
 """
 
@@ -312,13 +312,15 @@ def project(tmp_path) -> Path:
 
 
 def test_a_failed_run_stops_only_what_needs_it_and_is_named_at_the_end(project):
+    (fault := project / "fault").touch()
     stages = [
-        {"notebook": "first", "name": "bad", "parameters": {"fails": True}},
+        {"notebook": "first", "name": "bad", "parameters": {"fault": str(fault)}},
         {"notebook": "first", "name": "good"},
         {"notebook": "second", "name": "waits", "needs": {"source": "first/bad"}},
         {"notebook": "second", "name": "goes", "needs": {"source": "first/good"}},
     ]
-    result = snakemake(project, written(project, {"name": "s", "stages": stages}))
+    sweep = written(project, {"name": "s", "stages": stages})
+    result = snakemake(project, sweep)
     assert result.returncode != 0
     out = project / "outputs"
     assert {*done(out)} == {"first/good", "second/goes"}
@@ -330,9 +332,9 @@ def test_a_failed_run_stops_only_what_needs_it_and_is_named_at_the_end(project):
     page = (out / "report" / "index.html").read_text()
     assert "first: good" in page and "second: goes" in page and "first/bad" in page
 
-    stages[0]["parameters"]["fails"] = False
+    fault.unlink()
     before = done(out)
-    result = snakemake(project, written(project, {"name": "s", "stages": stages}))
+    result = snakemake(project, sweep)
     assert result.returncode == 0, result.stderr[-2000:]
     assert done(out).items() >= before.items() and len(done(out)) == 4, "what was done is not done again"
 
