@@ -101,7 +101,7 @@ def main() -> None:
         _, vit, images, _ = starts.published(SimpleNamespace(params=params), asked.weights)
     x, labels = evaluate.batch(images, len(images.test)), torch.as_tensor(np.asarray(images.test.labels))
     if len(images.val):
-        look_at = evaluate.batch(images, asked.calibrate, split="val")
+        look_at = evaluate.batches(images, 1, asked.calibrate, split="val")[0][0]  # a few from every class in all parts
     else:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         look_at, x, labels = x[order[: asked.calibrate]], *(each[order[asked.calibrate :]] for each in (x, labels))

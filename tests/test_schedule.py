@@ -111,7 +111,7 @@ def test_the_chosen_schedule_is_what_successive_halving_leaves(vit, x, count, ki
     assert best == candidates[0] and len({tuple(each.r) for each in candidates}) == len(candidates) > 8
     errors = {tuple(each.r): kl(vit, kind(vit, each.r), x) for each in candidates}
     rounds = math.ceil(math.log2(len(candidates)))
-    firsts = [first for first in (count >> left for left in range(rounds, -1, -1)) if first]  # images of every round
+    firsts = [first for left in range(rounds - 1, -1, -1) if (first := count >> left)]  # images of every round
     running, seen = [*errors], {}
     for first in firsts:
         seen |= {r: (sum(errors[r][:first]) / first, first) for r in running}

@@ -111,7 +111,7 @@ def choose(
         raise Unreachable(f"no schedule costs at most {limit:g} {unit}: expected a higher limit")
     seen, running = [], list(found.values())
     rounds = max(1, math.ceil(math.log2(len(running))))
-    for part in images.tensor_split([len(images) >> left for left in range(rounds, 0, -1)]):
+    for part in images.tensor_split([len(images) >> left for left in range(rounds - 1, 0, -1)]):
         if not len(part):  # few images: nothing is dropped unseen
             continue
         with torch.inference_mode(), blocks.evaluation(vit):

@@ -57,21 +57,29 @@ class Ward(ToMe):
 
     def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor, first: int) -> tuple[Tensor, Tensor]:
         prefix, weight = self.prefix, size
+        keys = k.transpose(1, 2).flatten(2)  # (B, N, H · d), as the projection laid them: mostly no copy
         if self.gamma:
-            rows = q[:, :, :1] if self.vit.has_class_token else q
-            sizes = F.pad(size.log(), (prefix, 0))[:, None, None]  # ToMe's proportional attention, (B, 1, 1, N)
-            attention = blocks.probabilities(attn, rows, k, sizes).mean(dim=(1, 2))[:, prefix:] / size  # (B, n)
-            attention = attention / attention.mean(dim=1, keepdim=True)  # near 1: few powers of it vanish
-            power = attention.clamp(min=1e-6) ** self.gamma
-            weight = size * power.clamp(min=torch.finfo(power.dtype).tiny)  # of weights 0 there is no mean
-        k = k[:, :, prefix:]
-        k = head_sum(k) if self.keys == "mean" else k.transpose(1, 2).flatten(2)  # (B, n, d) or (B, n, H · d)
+            weight = size * self._read(attn, q, k, keys, size) ** self.gamma
+            weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)  # of weights 0 there is no mean
+        keys = head_sum(k[:, :, prefix:]) if self.keys == "mean" else keys[:, prefix:]
         if self.linkage == "cosine":
-            k = k / k.norm(dim=-1, keepdim=True)
-        a, b = k[:, first::2], k[:, 1 - first :: 2]
-        alike = a @ b.transpose(1, 2)
-        if self.linkage == "cosine":
-            return alike, weight
-        apart = (a * a).sum(dim=2)[:, :, None] + (b * b).sum(dim=2)[:, None] - 2 * alike  # |k_A − k_B|²
-        resists = 1 / weight
-        return -apart / (resists[:, first::2, None] + resists[:, None, 1 - first :: 2]), weight
+            keys = keys / keys.norm(dim=-1, keepdim=True)
+            return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), weight
+        pairs = lambda each: each[:, first::2, None] + each[:, None, 1 - first :: 2]  # noqa: E731
+        a, b = keys[:, first::2], keys[:, 1 - first :: 2]
+        wide = torch.promote_types(keys.dtype, torch.float32)  # fp16 may not hold a square of keys
+        squares = keys.square().sum(dim=2, dtype=wide)
+        apart = pairs(squares) - 2 * (a @ b.transpose(1, 2))  # |k_A − k_B|²
+        return -apart / pairs(1 / weight), weight
+
+    def _read(self, attn: nn.Module, q: Tensor, k: Tensor, keys: Tensor, size: Tensor) -> Tensor:
+        """The class token's attention to tokens, per patch, (B, n), in shares of its mean: few powers of it vanish."""
+        sizes = F.pad(size.log(), (self.prefix, 0))[:, None]  # ToMe's proportional attention, (B, 1, N)
+        if self.vit.has_class_token:  # all heads in one product, keys where they lie: a third of the time of H
+            apart = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[:, :, None]
+            rows = (q[:, :, :1] * attn.scale * apart).flatten(2)  # (B, H, H · d)
+            attention = (rows @ keys.transpose(1, 2) + sizes).softmax(dim=-1).mean(dim=1)
+        else:
+            attention = blocks.probabilities(attn, q, k, sizes[:, None]).mean(dim=(1, 2))
+        read = attention[:, self.prefix :] / size
+        return (read / read.mean(dim=1, keepdim=True)).clamp(min=1e-6)
