@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from lib import blocks, data, evaluate, models, runs, training_free
 from lib.images import Split, decode, fit
-from lib.pruners import acdc, baselines, eap, surgery
+from lib.pruners import acdc, baselines, components, eap, surgery
 from lib.pruners.avit import AViT
 from lib.pruners.tokens import TokenPruner
 from lib.pruners.ucb import UCB
@@ -40,6 +41,7 @@ RATIOS = [round(1 - step / 20, 2) for step in range(19)]  # 1 to 0.1
 THRESHOLDS = [0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
 IMAGENET = ImageNetInfo("imagenet-1k")
 LOOKED_AT = 16  # images that decide which parts stay, or which patches do for all images
+SEARCHED_ON = 4  # of them, by ACDC: it runs them once for every part that it tries
 
 
 class ExploreError(ValueError):
@@ -260,12 +262,20 @@ class Subject:
         return bandit.eval()
 
     def _plan(self, method: str, strength: float) -> surgery.Plan:
+        scores = self._once("eap", lambda: eap.scores(self.vit, self._looked_at()))
         if method == "eap":
-            scores = self._once("eap", lambda: eap.scores(self.vit, self._looked_at()))
             return eap.plan(scores, strength)
-        images, (_, neurons) = [x for x, _ in self._looked_at()], surgery.sizes(self.vit.blocks[0])
-        how = {"rule": "increment", "group_size": max(1, neurons // 4), "progress": False}
-        return self._once((method, strength), lambda: acdc.search(self.vit, images, strength, **how))
+        values = self.slider(method)
+        for value in values if strength in values else [strength]:  # all at once: from then on the slider moves freely
+            self._once((method, value), partial(self._searched, scores, value))
+        return self._known[method, strength]
+
+    def _searched(self, scores: dict[str, Tensor], threshold: float) -> surgery.Plan:
+        """ACDC's circuit on a few images, neurons in halves, what EAP says is needed untried: someone waits for it."""
+        _, neurons = surgery.sizes(self.vit.blocks[0])
+        images, size = [x[:SEARCHED_ON] for x, _ in self._looked_at()], max(1, neurons // 2)
+        needed = acdc.screen(scores, components.of(self.vit, size), threshold, "increment")
+        return acdc.search(self.vit, images, threshold, rule="increment", group_size=size, keep=needed, progress=False)
 
     def _looked_at(self) -> list[tuple[Tensor, Tensor]]:
         split = "val" if len(getattr(self.images, "val", ())) else "test"

@@ -15,7 +15,7 @@ from conftest import DROPOUT, TINY
 from PIL import Image
 
 from lib import blocks, data, evaluate, explore, images, models, plots, plots_explore, runs, training_free, widgets
-from lib.pruners import acdc, baselines, eap, surgery
+from lib.pruners import acdc, baselines, components, eap, surgery
 from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
 from lib.pruners.tokens import FixedPatches
@@ -139,7 +139,8 @@ def test_a_view_of_parts_is_what_the_method_removes(subject, vit, tiny, image, m
     if method == "eap":
         plan = eap.plan(eap.scores(vit, batches), strength)
     else:
-        plan = acdc.search(vit, [x for x, _ in batches], strength, rule="increment", group_size=16, progress=False)
+        found = acdc.decide(vit, [x[:4] for x, _ in batches], strength, rule="increment", group_size=32, progress=False)
+        plan = components.plan(vit, [each.part for each in found if each.removed])
     view, small, x = subject.look(image, method, strength), surgery.remove(vit, plan), fed(image, tiny)
     assert view.plan == plan.explicit(vit) != view.whole
     assert view.whole == surgery.Plan(heads=[[0, 1]] * 4, neurons=[list(range(64))] * 4).explicit(vit)
