@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lib import data, evaluate, models, runs, starts
 from lib.pruners import schedule
 from lib.pruners.baselines import EViT, ToMe, TopK
-from lib.pruners.dropping import predicted_macs, reaching
+from lib.pruners.dropping import Unreachable, predicted_macs, reaching
 from lib.pruners.ward import Ward
 
 WAYS = {  # merging evenly over the blocks
@@ -38,16 +38,18 @@ WAYS = {  # merging evenly over the blocks
 
 def arms(vit: nn.Module, limit: float, look_at: Tensor) -> Iterator[tuple[str, nn.Module]]:
     """Name and model of every way at `limit` GMACs."""
-    for name, kind in (("Top-K", TopK), ("EViT", EViT)):
-        yield name, reaching(lambda strength, kind=kind: kind(vit, 1 - strength), limit, 1 - 1e-3)
     depth, patches = len(vit.blocks), vit.patch_embed.num_patches
     for name, make in WAYS.items():
         even = schedule.fitted([1.0] * depth, patches, lambda r, make=make: predicted_macs(make(vit, r)), limit)
+        if even is None:
+            raise Unreachable(f"{name} cannot come under {limit:.3g} GMACs: expected a lower ceiling")
         yield name, make(vit, even)
     for name in ("ToMe", "Ward"):
         best, _ = schedule.choose(vit, WAYS[name], look_at, limit)
         print(f"{name}, scheduled: r = {best.r}", flush=True)
         yield f"{name}, scheduled", WAYS[name](vit, best.r)
+    for name, kind in (("Top-K", TopK), ("EViT", EViT)):
+        yield name, reaching(lambda strength, kind=kind: kind(vit, 1 - strength), limit, 1 - 1e-3)
 
 
 @torch.inference_mode()
@@ -61,13 +63,14 @@ def measured(vit: nn.Module, look_at: Tensor, images: Tensor, labels: Tensor, ce
     clean, whole, rows = answers(vit, images), predicted_macs(ToMe(vit, 0)), []
     nll = lambda found: -found[torch.arange(len(labels)), labels]  # noqa: E731
     top1 = (clean.argmax(1) == labels).double().mean().item()
-    rows.append({"ceiling": 1.0, "way": "dense", "MACs": 1.0, "top1": top1, "NLL": nll(clean).mean().item(), "KL": 0.0})
+    row = {"ceiling": 1.0, "way": "dense", "fewer MACs": 1.0, "top1": top1, "NLL": nll(clean).mean().item(), "KL": 0.0}
+    rows.append(row)
     for ceiling in ceilings:
         found = {}
         for name, pruner in arms(vit, whole / ceiling, look_at):
             found[name] = answers(pruner, images)
             right = found[name].argmax(1) == labels
-            row = {"ceiling": ceiling, "way": name, "MACs": whole / predicted_macs(pruner)}
+            row = {"ceiling": ceiling, "way": name, "fewer MACs": whole / predicted_macs(pruner)}
             row |= {"top1": right.double().mean().item(), "NLL": nll(found[name]).mean().item()}
             row["KL"] = (clean.exp() * (clean - found[name])).sum(1).mean().item()
             if "ToMe" in found and name != "ToMe":

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from lib import blocks, data, evaluate, models, runs, training_free
 from lib.images import Split, decode, fit
-from lib.pruners import acdc, baselines, components, eap, surgery
+from lib.pruners import acdc, baselines, components, eap, shrunk, surgery
+from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
 from lib.pruners.tokens import TokenPruner
 from lib.pruners.ucb import UCB
@@ -40,6 +42,7 @@ METHODS = tuple(WHAT)
 RATIOS = [round(1 - step / 20, 2) for step in range(19)]  # 1 to 0.1
 THRESHOLDS = [0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
 IMAGENET = ImageNetInfo("imagenet-1k")
+KINDS = {**baselines.DROPPING, **training_free.MERGING, "anchors": Anchors}
 LOOKED_AT = 16  # images that decide which parts stay, or which patches do for all images
 SEARCHED_ON = 4  # of them, by ACDC: it runs them once for every part that it tries
 
@@ -128,20 +131,22 @@ class Subject:
         self._known: dict[Any, Any] = {}
 
     def begins(self) -> tuple[str, float] | None:
-        """The method and strength that the model was saved with; None where it is dense, or of unequal strengths."""
+        """The method and strength that the model was saved with, of a bandit half; None where it is dense."""
         if isinstance(self.model, AViT):
             return "avit", self._gate()["gate_center"]
         if isinstance(self.model, UCB):
             return "ucb", 0.5
-        names = {kind: name for name, kind in (baselines.DROPPING | training_free.MERGING).items()}
-        strength = getattr(self.model, "r", getattr(self.model, "keep_ratio", None))
-        found = names.get(type(self.model))
-        return (found, strength) if found and isinstance(strength, int | float) else None
+        found = {kind: name for name, kind in KINDS.items()}.get(type(self.model))
+        if found in training_free.MERGING:
+            return found, fmean(self.model.rs)
+        if found == "anchors":
+            return found, (self.model.k + self.model.m) / self.model.patches
+        return (found, float(np.mean(self.model.keep_ratio))) if found else None
 
     def slider(self, method: str) -> list[float]:
         """The strengths to choose from, the mildest first."""
         if method in training_free.MERGING:
-            return list(range(3 * self.vit.patch_embed.num_patches // len(self.vit.blocks) // 2 + 1))
+            return list(range(3 * self.vit.patch_embed.num_patches // max(1, len(self.vit.blocks)) // 2 + 1))
         if method == "avit":
             centre = abs(self._gate()["gate_center"]) or 1.0
             return [round(centre * step / 10, 4) for step in range(14, -1, -1)]
@@ -199,8 +204,11 @@ class Subject:
             logits, kept = trace.logits, [ids[0].cpu().numpy() for ids in trace.kept]
             kept = [self.patches] * len(self.vit.blocks) if plan else kept  # whole blocks may be gone
         speedup = self._speedup(x, model) if model is not self.vit else 1.0
-        # a token that EViT has fused is no patch
-        counts = model.counts()[1] if hasattr(model, "counts") else [len(ids) + pruner.prefix for ids in kept]
+        if hasattr(model, "counts"):  # a token that EViT has fused is no patch
+            counts = model.counts()[1]
+        else:
+            halting = isinstance(model, AViT)  # prefix tokens, too
+            counts = model.tokens(x)[:, 0].tolist() if halting else [len(ids) + pruner.prefix for ids in kept]
         shares = logits[0].double().softmax(0).cpu().numpy()
         whole = surgery.Plan().explicit(self.vit) if plan else None
         cost = evaluate.macs(model, x)["macs_g"], self._dense_ms(x) / speedup, speedup
@@ -222,12 +230,11 @@ class Subject:
 
     def _made(self, method: str, strength: float) -> tuple[nn.Module, surgery.Plan | None]:
         """The model as the method makes it, sharing the weights of tokens' methods; the plan of what removes parts."""
-        if (saved := self.begins()) and saved[0] == method and method in training_free.METHODS:  # with its own settings
-            name = "r" if method in training_free.MERGING else "keep_ratio"
-            return type(self.model)(self.vit, **self.model.arguments | {name: strength}).eval(), None
-        if method in training_free.METHODS:
+        if method in KINDS:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*nothing is pruned")  # as is meant at the mildest
+                if type(self.model) is KINDS[method]:
+                    return self._as_saved(strength).eval(), None
                 return training_free.build(self.vit, self._rules(method, strength), method).eval(), None
         if method == "ucb":
             return self._once("ucb", self._counted).freeze(strength), None
@@ -235,6 +242,20 @@ class Subject:
             return AViT(self.vit, **self._gate() | {"gate_center": strength}, mode="gather").eval(), None
         plan = self._plan(method, strength).explicit(self.vit) if method != "dense" else None
         return (surgery.remove(self.vit, plan) if plan else self.vit), plan
+
+    def _as_saved(self, strength: float) -> nn.Module:
+        """A method by the settings that it was saved with, but for the strength: a schedule in proportion."""
+        method, saved = self.begins()
+        if method in baselines.DROPPING:
+            ratio = self.model.keep_ratio
+            several = [min(1.0, each * strength / saved) for each in ratio] if isinstance(ratio, list) else strength
+            settings = {"keep_ratio": several}
+        if method in training_free.MERGING:
+            settings = {"r": [round(each * strength / saved) if saved else int(strength) for each in self.model.rs]}
+        if method == "anchors":
+            share, kept = self.model.k / (self.model.k + self.model.m), round(strength * self.model.patches)
+            settings = dict(zip(("k_anchors", "top_m"), training_free.parted(share, kept), strict=True))
+        return type(self.model)(self.vit, **self.model.arguments | settings)
 
     def _rules(self, method: str, strength: float) -> dict[str, Any]:
         rules = {"blocks": [], "seed": 0, "alpha": 0.5, "start_block": 1, "normalise_scores": "minmax", "macs_g": 0.0}
@@ -255,7 +276,8 @@ class Subject:
         """The bandit that the model was saved with, or one that has seen a few images: nothing is trained."""
         if isinstance(self.model, UCB):
             return self.model
-        bandit = UCB(self.vit)  # new, so in training mode, where it counts; the blocks stay in evaluation mode
+        # counts the best half, as ucb_stage1.ipynb; new, so in training mode, where it counts, but for its blocks
+        bandit = UCB(self.vit, keep_ratio=1.0)
         with torch.no_grad():
             for x, _ in self._looked_at():
                 bandit(x)
@@ -272,14 +294,15 @@ class Subject:
 
     def _searched(self, scores: dict[str, Tensor], threshold: float) -> surgery.Plan:
         """ACDC's circuit on a few images, neurons in halves, what EAP says is needed untried: someone waits for it."""
-        _, neurons = surgery.sizes(self.vit.blocks[0])
-        images, size = [x[:SEARCHED_ON] for x, _ in self._looked_at()], max(1, neurons // 2)
+        neurons = [surgery.sizes(block)[1] for block in self.vit.blocks]  # of a pruned model each has its own
+        images, size = [x[:SEARCHED_ON] for x, _ in self._looked_at()], max([2, *neurons]) // 2
         needed = acdc.screen(scores, components.of(self.vit, size), threshold, "increment")
         return acdc.search(self.vit, images, threshold, rule="increment", group_size=size, keep=needed, progress=False)
 
     def _looked_at(self) -> list[tuple[Tensor, Tensor]]:
         split = "val" if len(getattr(self.images, "val", ())) else "test"
-        return [(x.to(evaluate.device()), y) for x, y in evaluate.batches(self.images, 1, LOOKED_AT, split=split)]
+        found = [(x.to(evaluate.device()), y) for x, y in evaluate.batches(self.images, 1, LOOKED_AT, split=split)]
+        return [(x if x.shape[-2:] == self.size else shrunk.resized(x, self.size), y) for x, y in found]
 
     def _once(self, name: Any, make: Any) -> Any:
         if name not in self._known:

@@ -66,6 +66,7 @@ def found(run: Run, start: Start, merge: Callable) -> tuple[schedule.Schedule, l
         best = schedule.read(resolve(path))
         if len(best.r) != depth:
             raise ParameterError(f"{path} is for {len(best.r)} blocks: expected one for {depth}")
+        best = best._replace(cost=predicted_macs(merge(start.vit, best.r)), unit="GMACs")  # of this model
         candidates = [best]
     else:
         images, (limit, cost, unit) = images_of(run, start), budget(run, start, merge)

@@ -80,7 +80,7 @@ def create(
         model = timm.create_model(name, pretrained=weights == "pretrained", **settings)
     except (TypeError, AssertionError) as error:
         raise ModelError(f"arch {arch!r} cannot be made with {settings}: {error}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no connection, or no such weights
         reason = str(error).partition("\n")[0]
         raise ModelError(f"pretrained weights of {arch!r} cannot be fetched: {reason}") from error
     if isinstance(model, VisionTransformer) and {"img_size", "patch_size"} & settings.keys():

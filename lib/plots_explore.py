@@ -68,7 +68,7 @@ def _parts(plan: Any, whole: Any, index: int) -> np.ndarray:
     shown = np.full((SIDE, SIDE, 3), 255, np.uint8)
     for units, everything, top, columns in (
         (plan.heads[index], whole.heads[index], 0, len(whole.heads[index])),
-        (range(len(plan.neurons[index])), whole.neurons[index], SIDE // 2 + 3, 64),
+        (range(len(plan.neurons[index])), whole.neurons[index], SIDE // 2 + 3, min(64, len(whole.neurons[index]))),
     ):
         ends = np.linspace(0, SIDE, max(1, columns) + 1).round().astype(int)
         stays = {unit * columns // max(1, len(everything)) for unit in units}

@@ -9,11 +9,10 @@ import ipywidgets
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lib import blocks, explore, images, models, plots_explore, runs
-from lib.pruners.dropping import Unreachable
+from lib import blocks, explore, plots_explore, runs
 
 QUIET = 0.05  # seconds without a further change after which one is acted upon
-FAULTS = (explore.ExploreError, models.ModelError, images.DataError, blocks.UnsupportedBlock, Unreachable, ValueError)
+FAULTS = (blocks.UnsupportedBlock, ValueError)  # the project's own are ValueErrors
 TIMM = ["vit_tiny_patch16_224", "vit_small_patch16_224", "deit_small_patch16_224"]  # to begin with, any other will do
 
 
@@ -38,12 +37,12 @@ class Debounced:
 class Explorer:
     """`box` is what to show. A fault is said in one line, and what was there before stays.
 
-    subject: of explore.load; image: see Subject.image; chosen: (method, strength) of either side.
+    subject: of explore.load, as is dataset; image: see Subject.image; chosen: (method, strength) of either side.
     """
 
-    def __init__(self, subject: explore.Subject, image: str, chosen: list[tuple[str, float]]):
+    def __init__(self, subject: explore.Subject, image: str, chosen: list[tuple[str, float]], dataset: str = ""):
         wide, label = ipywidgets.Layout(width="100%"), {"description_width": "initial"}
-        self.subject, self.upload = subject, None
+        self.subject, self.dataset, self.upload = subject, dataset, None
         known = [*map(str, _finished()), "checkpoints/vit_digits.safetensors", *TIMM]
         self.model = ipywidgets.Combobox(value=subject.name, options=known, description="model", layout=wide,
                                          ensure_option=False, continuous_update=False)  # fmt: skip
@@ -102,13 +101,17 @@ class Explorer:
         self.units[side].value = explore.WHAT[method]
 
     def _load(self, change: dict[str, Any]) -> None:
+        if change["new"] == self.subject.name:
+            return
         self.said.value = f"loading {change['new']} …"
         try:
-            self.subject = explore.load(change["new"])
+            self.subject = explore.load(change["new"], self.dataset)
         except FAULTS as fault:
-            self.said.value = str(fault)
+            self.said.value, self.model.value = str(fault), self.subject.name
             return
-        self.upload, self.number.value, self.number.max = None, 0, len(self.subject.images.test) - 1
+        upload = self.upload
+        self.number.max = len(self.subject.images.test) - 1  # and the number with it
+        self.upload = upload  # one's own picture stays
         if begins := self.subject.begins():
             self.methods[0].value = begins[0]
         for side in range(len(self.methods)):

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import warnings
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import matplotlib
@@ -18,6 +19,7 @@ from lib import blocks, data, evaluate, explore, images, models, plots, plots_ex
 from lib.pruners import acdc, baselines, components, eap, surgery
 from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
+from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches
 from lib.pruners.ucb import UCB
 from lib.pruners.ward import Ward
@@ -41,6 +43,9 @@ SAVED = {  # name: (method and strength that it begins with, the model)
     "ward": (("ward", 3), lambda vit: Ward(vit, 3, gamma=2.0)),
     "avit": (("avit", 0.8), lambda vit: AViT(vit, 2.0, 0.8, eps=0.05)),
     "ucb": (("ucb", 0.5), UCB),
+    "schedule": (("ward", 1.5), lambda vit: Ward(vit, [1, 3, 0, 2], gamma=2.0)),
+    "ratios": (("topk", 0.7), lambda vit: baselines.TopK(vit, [0.5, 0.9], [1, 2])),
+    "anchors": (("anchors", 0.5), lambda vit: Anchors(vit, 3, 5, alpha=1.0, start_block=2)),
 }
 
 
@@ -109,8 +114,8 @@ def test_a_view_of_tokens_is_what_the_method_does(subject, vit, image, method):
     assert len(view.kept[-1]) < 16, "it removes something, or nothing would be tested"
     np.testing.assert_allclose(view.probabilities, shares(direct, x), atol=1e-5)
     np.testing.assert_allclose(view.probabilities, trace.logits[0].double().softmax(0), atol=1e-5)
-    prefixed = [1 + len(ids[0]) for ids in trace.kept]
-    assert view.tokens == (direct.counts()[1] if hasattr(direct, "counts") else prefixed)
+    counts = direct.tokens(x)[:, 0].tolist() if method == "avit" else direct.counts()[1]
+    assert view.tokens == counts
     cheap = AViT(vit, 0.5, 0.7, mode="gather").eval() if method == "avit" else direct
     assert view.macs_g == pytest.approx(evaluate.macs(cheap, x)["macs_g"])
     assert view.plan is view.whole is None and view.latency_ms > 0 and view.speedup > 0
@@ -122,7 +127,7 @@ def test_tokens_include_the_one_that_evit_fuses(subject, image):
 
 
 def test_a_view_of_ucb_is_that_of_its_own_counts(subject, vit, tiny, image):
-    bandit = UCB(vit)
+    bandit = UCB(vit, keep_ratio=1.0)
     bandit.training = True
     with torch.no_grad():
         bandit(evaluate.batch(tiny, 16, split="val"))
@@ -302,9 +307,36 @@ def test_gates_centred_at_or_below_zero_have_a_slider_too(vit, tiny, centre):
     assert len(values) == 15 and values[0] > 0 and values == sorted(values, reverse=True)
 
 
-def test_models_of_no_one_strength_begin_nowhere(vit, tiny):
-    for model in (vit, baselines.ToMe(vit, [1, 2, 0, 0]), baselines.TopK(vit, [0.5, 0.9], [1, 2]), Anchors(vit, 2, 3)):
-        assert explore.Subject("any", model, tiny, CLASSES).begins() is None
+def test_a_dense_model_begins_nowhere(subject):
+    assert subject.begins() is None
+
+
+def test_other_strengths_of_a_saved_schedule_are_in_proportion(vit, tiny):
+    look = lambda model, *how: explore.Subject("any", model, tiny, CLASSES).look(tiny.test.images[1], *how)  # noqa: E731
+    assert look(Ward(vit, [1, 3, 0, 2]), "ward", 3).tokens == [15, 9, 9, 5]
+    assert look(Ward(vit, 0), "ward", 2).tokens == [15, 13, 11, 9], "of none at all: evenly"
+    assert look(baselines.TopK(vit, [0.25, 0.75], [1, 2]), "topk", 1.0).tokens == [17, 9, 9, 9]
+
+
+def test_a_model_that_shrinks_its_images_looks_at_shrunken_ones(vit, tiny):
+    subject = explore.Subject("small", Shrunk.down(vit, 9), tiny, CLASSES)
+    for method in ("eap", "acdc", "ucb"):
+        assert len(subject.look(subject.image("1"), method, subject.slider(method)[1]).tokens) == 4
+
+
+def test_halted_prefix_tokens_do_not_count_either(subject, vit, image):
+    avit = AViT(vit, 0.5, -5.0, mode="gather").eval()
+    tokens = subject.look(image, "avit", -5.0).tokens
+    assert tokens[0] == 17 and tokens[-1] == 0
+    assert tokens == avit._gathered(fed(image, subject.images))[1][:, 0].sum(dim=1).tolist()
+
+
+def test_a_circuit_is_searched_in_groups_of_the_largest_block(subject, vit, image, monkeypatch):
+    sizes, search = [], acdc.search
+    monkeypatch.setattr(acdc, "search", lambda *a, **how: sizes.append(how["group_size"]) or search(*a, **how))
+    small = surgery.remove(vit, surgery.Plan(heads=[None] * 4, neurons=[[], [0, 1, 2], None, None]))
+    explore.Subject("pruned", small, subject.images, CLASSES).look(image, "acdc", 0.01)
+    assert {*sizes} == {32}
 
 
 # images and models
@@ -534,6 +566,9 @@ def test_parts_that_stay_are_blue_one_column_for_each_head(subject, image, heads
     assert bottom.mean() == pytest.approx(len(neurons) / 64, abs=0.02)
     whole = plots_explore.picture(view, image, subject.grid, 1)
     assert (whole == plots_explore.KEPT).all(axis=2)[-10].all()
+    small = view._replace(plan=view.plan, whole=surgery.Plan(neurons=[[*neurons]] * 4).explicit(subject.vit))
+    gone = (plots_explore.picture(small, image, subject.grid, 0) == plots_explore.VEIL).all(axis=2)
+    assert not gone[-10].any(), "of few, all"
 
 
 def test_the_price_has_a_line_for_each_method_and_a_star_for_dense(subject, image):
@@ -615,7 +650,7 @@ def test_a_fault_is_said_and_what_was_there_stays(explorer, monkeypatch, tmp_pat
     before, subject = seen(explorer), explorer.subject
     explorer.model.value = "vit_tinny_patch16_224"
     assert "did you mean vit_tiny_patch16_224" in explorer.said.value
-    assert seen(explorer) == before and explorer.subject is subject
+    assert seen(explorer) == before and explorer.subject is subject and explorer.model.value == subject.name
     explorer._uploaded({"new": ({"content": memoryview(b"no image")},)})
     assert "the upload: 8 bytes that do not decode" in explorer.said.value and seen(explorer) == before
     explorer.number.value = 2
@@ -652,10 +687,26 @@ def test_an_upload_is_shown_from_either_ipywidgets(explorer, subject, tmp_path):
 def test_another_model_brings_its_images_and_its_strength(explorer, vit, tiny_h5, tmp_path):
     path = save(AViT(vit, 2.0, 0.8), tmp_path / "model", tiny_h5)
     explorer.number.value = 0
-    explorer._uploaded({"new": {"mine.png": {"content": b"no image"}}})
     explorer.model.value = str(path)
     assert explorer.subject.name == str(path) and explorer.number.value == 0
     check_shows(explorer, "0", ("avit", 0.8), ("tome", explorer.subject.strength("tome")))
+
+
+def test_an_upload_stays_when_the_model_changes_and_so_do_the_images_asked_for(
+    explorer, subject, vit, tiny_h5, tmp_path, monkeypatch
+):
+    Image.fromarray(np.full((20, 20, 3), 77, np.uint8)).save(tmp_path / "mine.png")
+    mine = (tmp_path / "mine.png").read_bytes()
+    explorer.number.value = len(subject.images.test) - 1
+    explorer._uploaded({"new": {"mine.png": {"content": mine}}})
+    few = explore.Subject("few", vit, replace(subject.images, test=subject.images.test.take(np.arange(2))), CLASSES)
+    asked = []
+    monkeypatch.setattr(explore, "load", lambda *how: asked.append(how) or few)
+    explorer.dataset = "others"
+    explorer.model.value = "few"
+    assert asked == [("few", "others")] and explorer.number.value == 1 and explorer.upload == mine
+    pairs = zip(explorer.methods, explorer.strengths, strict=True)
+    check_shows(explorer, mine, *[(one.value, at.value) for one, at in pairs])
 
 
 def test_runs_that_are_finished_can_be_picked(subject, vit, tiny_h5, tmp_path):

@@ -115,7 +115,7 @@ def test_the_chosen_schedule_is_what_successive_halving_leaves(vit, x, count, ki
     running, seen = [*errors], {}
     for first in firsts:
         seen |= {r: (sum(errors[r][:first]) / first, first) for r in running}
-        running = sorted(running, key=lambda r: seen[r][0])[: max(1, len(running) // 2)]
+        running = sorted(running, key=lambda r: seen[r][0])[: (len(running) + 1) // 2]
     assert tuple(best.r) == running[0] and best.images == count
     for each in candidates:
         mean, first = seen[tuple(each.r)]
@@ -373,6 +373,9 @@ def test_a_schedule_is_looked_for_and_used_again(start, given, tmp_path):
     assert schedule.read(path) == best
     again = given(schedule_path=str(path))
     assert merging.found(again, start, Ward) == (best, [best]) and schedule.read(again.dir / "schedule.json") == best
+    foreign = best._replace(cost=9.87, unit="ms")  # of another machine
+    path.write_text(foreign.to_json())
+    assert merging.found(again, start, Ward) == (best, [best]), "the cost is this model's"
     other = tmp_path / "other.json"
     other.write_text(CHOSEN.to_json())
     with pytest.raises(params.ParameterError, match=r"other\.json is for 3 blocks: expected one for 4$"):

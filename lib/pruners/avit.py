@@ -133,6 +133,12 @@ class AViT(TokenPruner):
         return Halting(torch.cat(ponder), *(torch.cat(other, dim=1) for other in others), self.prefix)
 
     @torch.inference_mode()
+    def tokens(self, images: Tensor) -> Tensor:
+        """How many tokens of each image run in each block (L, B), prefix tokens included, none once it is settled."""
+        with blocks.evaluation(self):
+            return self._gathered(images)[1].sum(dim=2)
+
+    @torch.inference_mode()
     def trace(self, images: Tensor) -> Trace:
         """Logits and what left where, in evaluation mode; kept: per block, a list of one index tensor per image."""
         with blocks.evaluation(self):

@@ -2,8 +2,8 @@
 
 Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks. Unlabelled
 images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few images, the
-better half on as many more, until one is left. A bell has two numbers, which a few images can tell; a number for every
-block would fit the images.
+better half on as many more, until all images were seen and one is left. A bell has two numbers, which a few images can
+tell; a number for every block would fit the images.
 """
 
 import json
@@ -118,7 +118,7 @@ def choose(
             clean = vit(part).double().log_softmax(1)
             running = [_further(each, make(vit, each.r).eval(), part, clean) for each in running]
         running.sort(key=lambda each: each.kl_nats)
-        keep = max(1, len(running) // 2)
+        keep = (len(running) + 1) // 2  # rounded up: one is left only when all images were seen
         seen, running = seen + running[keep:], running[:keep]
     return running[0], sorted(running + seen, key=lambda each: (-each.images, each.kl_nats))
 

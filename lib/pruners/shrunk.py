@@ -41,6 +41,9 @@ class Shrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
         size = tuple(self.vit.patch_embed.img_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        return self.vit(images)
+        return self.vit(images if images.shape[-2:] == size else resized(images, size))
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) in another size (H, W)."""
+    return F.interpolate(images, size, mode="bilinear", antialias=True)

@@ -67,9 +67,7 @@ class Ward(ToMe):
             return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), weight
         pairs = lambda each: each[:, first::2, None] + each[:, None, 1 - first :: 2]  # noqa: E731
         a, b = keys[:, first::2], keys[:, 1 - first :: 2]
-        wide = torch.promote_types(keys.dtype, torch.float32)  # fp16 may not hold a square of keys
-        squares = keys.square().sum(dim=2, dtype=wide)
-        apart = pairs(squares) - 2 * (a @ b.transpose(1, 2))  # |k_A − k_B|²
+        apart = pairs(keys.square().sum(dim=2)) - 2 * (a @ b.transpose(1, 2))  # |k_A − k_B|²
         return -apart / pairs(1 / weight), weight
 
     def _read(self, attn: nn.Module, q: Tensor, k: Tensor, keys: Tensor, size: Tensor) -> Tensor:
