@@ -59,7 +59,7 @@ class Ward(ToMe):
         prefix, weight = self.prefix, size
         keys = k.transpose(1, 2).flatten(2)  # (B, N, H · d), as the projection laid them: mostly no copy
         if self.gamma:
-            weight = size * self._read(attn, q, k, keys, size) ** self.gamma
+            weight = size * self._read(attn, q, k, size) ** self.gamma
             weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)  # of weights 0 there is no mean
         keys = head_sum(k[:, :, prefix:]) if self.keys == "mean" else keys[:, prefix:]
         if self.linkage == "cosine":
@@ -70,13 +70,13 @@ class Ward(ToMe):
         apart = pairs(keys.square().sum(dim=2)) - 2 * (a @ b.transpose(1, 2))  # |k_A − k_B|²
         return -apart / pairs(1 / weight), weight
 
-    def _read(self, attn: nn.Module, q: Tensor, k: Tensor, keys: Tensor, size: Tensor) -> Tensor:
+    def _read(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> Tensor:
         """The class token's attention to tokens, per patch, (B, n), in shares of its mean: few powers of it vanish."""
         sizes = F.pad(size.log(), (self.prefix, 0))[:, None]  # ToMe's proportional attention, (B, 1, N)
-        if self.vit.has_class_token:  # all heads in one product, keys where they lie: a third of the time of H
-            apart = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[:, :, None]
-            rows = (q[:, :, :1] * attn.scale * apart).flatten(2)  # (B, H, H · d)
-            attention = (rows @ keys.transpose(1, 2) + sizes).softmax(dim=-1).mean(dim=1)
+        if self.vit.has_class_token:
+            heads = zip(q[:, :, :1].unbind(1), k.unbind(1), strict=True)  # one product over heads would copy k first
+            logits = torch.cat([row @ keys.transpose(1, 2) for row, keys in heads], dim=1) * attn.scale  # (B, H, N)
+            attention = (logits + sizes).softmax(dim=-1).mean(dim=1)
         else:
             attention = blocks.probabilities(attn, q, k, sizes[:, None]).mean(dim=(1, 2))
         read = attention[:, self.prefix :] / size
