@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pandas as pd
 import torch
 
 from lib import evaluate
-from lib.runs import NOT_IDENTITY, resolve
+from lib import params as parameters
+from lib.runs import NOT_IDENTITY, portable, resolve, root
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
@@ -113,12 +115,23 @@ def name_of(run: Path) -> str:
 
 
 def _making(run: Path) -> str:
-    """How a run was made, seeds and places aside: its parameters, and those of the runs it started from."""
+    """How a run was made, seeds and places aside: its parameters, and those of the runs it started from.
+
+    Those at their defaults are left out: a run from before a notebook had a parameter was made as one with its default.
+    """
     start = Path(read(run, "provenance").get("start") or "") if (run / "provenance.json").exists() else Path()
     named = lambda value: isinstance(value, str) and resolve(value) == str(start)  # noqa: E731
-    params = {name: value for name, value in read(run, "params").items() if name not in NOT_MAKING and not named(value)}
+    usual = _defaults(root() / "notebooks" / f"{run.parent.name}.ipynb")
+    given = {name: value for name, value in read(run, "params").items() if (name, value) not in usual}
+    params = {name: value for name, value in given.items() if name not in NOT_MAKING and not named(value)}
     above = _making(start) if (start / "params.json").is_file() else str(start)
     return json.dumps([run.parent.name, params, above], sort_keys=True)
+
+
+@cache
+def _defaults(notebook: Path) -> list[tuple[str, Any]]:
+    found = parameters.declared_in(notebook) if notebook.is_file() else {}
+    return [(name, portable(each.default)) for name, each in found.items()]
 
 
 def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:

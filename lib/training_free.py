@@ -126,6 +126,11 @@ def measure(run: Run, start: Start, pruner: nn.Module, latency_batch: int) -> tu
     }, dense
 
 
+def setting(start: Start, cost: str) -> str:
+    """What tells arms of one method apart: their cost, and whether the model had been cut before."""
+    return f"{cost}, on fewer parts" if "plan" in getattr(start.vit, "config", {}) else cost
+
+
 def label(rules: Mapping[str, Any]) -> str:
     """What metrics.json calls the method of token_baselines.ipynb: random sets and random parts are other methods."""
     name = "random tokens" if rules["method"] == "random" else rules["method"]

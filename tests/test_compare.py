@@ -57,6 +57,18 @@ def test_methods_without_a_ratio_are_named_by_their_setting(tmp_path):
     assert found == {"avit ponder 0.01": [0, 1], "avit ponder 0.1": [0, 1], "dense 1": [0]} and not left_out
 
 
+def test_a_parameter_at_its_default_says_nothing_of_how_a_run_was_made(tmp_path, monkeypatch):
+    """A run may be older than the parameter."""
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "gamma: float = 0.5  # how much"}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "stage2.ipynb").write_text(json.dumps({"cells": [cell]}))
+    monkeypatch.setattr(compare, "root", lambda: tmp_path)
+    run(tmp_path, "stage2/old", seed=0)
+    run(tmp_path, "stage2/new", seed=1, params={"gamma": 0.5})
+    run(tmp_path, "stage2/other", seed=2, params={"gamma": 1.0})
+    assert arms(tmp_path)[0] == {"ucb 0.5 (old)": [0, 1], "ucb 0.5 (other)": [2]}
+
+
 def test_a_parameter_that_names_the_start_says_nothing_of_how_a_run_was_made(tmp_path):
     for seed in (0, 1):
         start = run(tmp_path, f"dense/s{seed}", method="dense", seed=seed, ratio=1.0)

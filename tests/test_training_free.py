@@ -12,6 +12,7 @@ from conftest import TINY
 
 from lib import evaluate, models, params, runs, training_free
 from lib.evaluate import Predictions
+from lib.pruners import surgery
 from lib.pruners.anchors import Anchors
 from lib.pruners.baselines import EViT, TopK
 from lib.pruners.dropping import predicted_macs
@@ -266,6 +267,14 @@ def test_measure_of_the_whole_model(start, make_run):
     facts = {"dense_top1": dense["top1"], "dense_macs_g": dense["macs_g"], "agreement": 1.0}
     assert result == dense | facts, "no speed-up of a model over itself"
     assert not isinstance(models.load(run.dir), TokenPruner)
+
+
+def test_a_model_that_was_cut_before_is_said_in_the_setting(start, tmp_path):
+    assert training_free.setting(start, "0.5 GMACs") == "0.5 GMACs"
+    small = surgery.remove(start.vit, surgery.Plan(heads=[[0], None, None, None]))
+    path = models.save(small, tmp_path / "small", **start.about)
+    for cut in (small, models.load(path)):
+        assert training_free.setting(start._replace(vit=cut), "0.5 GMACs") == "0.5 GMACs, on fewer parts"
 
 
 def test_random_tokens_are_told_from_random_sets_and_parts():
