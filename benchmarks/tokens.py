@@ -6,6 +6,7 @@ share:   time of the ceiling / time of the method, within rounds; 1 means that c
 """
 
 import argparse
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -18,11 +19,13 @@ RULES = {"blocks": [], "seed": 0, "alpha": 0.5, "start_block": 1, "normalise_sco
          "top_m": 50.0}  # fmt: skip
 
 
-def against_ceiling(arch: str, batch: int, repeats: int, fewer: float) -> pd.DataFrame:
+def against_ceiling(
+    arch: str, batch: int, repeats: int, fewer: float, methods: Sequence[str] = training_free.METHODS
+) -> pd.DataFrame:
     """One row per method at `fewer` times fewer MACs than dense: speed-up, that of its ceiling, the share reached."""
     dense, rows = models.create(arch, 1000).eval(), []
     images, whole = torch.randn(batch, 3, *dense.patch_embed.img_size), evaluate.closed_form_macs(dense) / 1e9
-    for method in training_free.METHODS:
+    for method in methods:
         pruner = training_free.build(dense, RULES, method, whole / fewer).eval()
         arms = {"ceiling": FirstTokens(dense, pruner.counts()[1]).eval(), "method": pruner, "dense": dense}
         times = evaluate.latency(arms, images, repeats=repeats, device=evaluate.device()).set_index("model")
@@ -38,12 +41,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--arch", nargs="+", default=["vit_tiny_patch16_224"])
+    parser.add_argument("--methods", nargs="+", choices=training_free.METHODS, default=training_free.METHODS)
     parser.add_argument("--fewer", type=float, nargs="+", default=[1.5, 2.0], help="times fewer MACs than dense")
     arguments = parser.parse_args()
     runs.keep_memory()  # as every run does
     facts = runs.provenance()
     versions = f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}"
     print(f"{versions}, batch {arguments.batch}, fp32\n")
-    tables = [against_ceiling(arch, arguments.batch, arguments.repeats, fewer)
+    tables = [against_ceiling(arch, arguments.batch, arguments.repeats, fewer, arguments.methods)
               for arch in arguments.arch for fewer in arguments.fewer]  # fmt: skip
     print(pd.concat(tables).to_markdown(index=False, floatfmt=".3f"))
