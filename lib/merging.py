@@ -45,14 +45,15 @@ def images_of(run: Run, start: Start) -> Tensor:
     return evaluate.batches(images, 1, count, split=split)[0][0]
 
 
-def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[TokenPruner], float], str]:
-    """What merging.ipynb has to meet, how it is reckoned, and its unit."""
+def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[TokenPruner], float], str, list[int]]:
+    """What merging.ipynb has to meet, how it is reckoned, its unit, and each how many blocks candidates may merge."""
+    every = run.params["merge_every"]
     if limit := run.params["latency_ms"]:
         run.refuse("macs_g", because="latency_ms is the budget")
         batch = evaluate.batch(start.images, run.params["latency_batch"]).to(evaluate.device())
-        return limit, schedule.milliseconds(start.vit, merge, batch), "ms"
+        return limit, schedule.milliseconds(start.vit, merge, batch), "ms", every or [1, 2]
     half = predicted_macs(merge(start.vit, 0)) / 2
-    return run.params["macs_g"] or half, predicted_macs, "GMACs"
+    return run.params["macs_g"] or half, predicted_macs, "GMACs", every or [1]
 
 
 def found(run: Run, start: Start, merge: Callable) -> tuple[schedule.Schedule, list[schedule.Schedule]]:
@@ -62,15 +63,16 @@ def found(run: Run, start: Start, merge: Callable) -> tuple[schedule.Schedule, l
     """
     depth = len(start.vit.blocks)
     if path := run.params["schedule_path"]:
-        run.refuse("macs_g", "latency_ms", "calibration_images", "calibrate_on", because="schedule_path is given")
+        free = ("macs_g", "latency_ms", "calibration_images", "calibrate_on", "merge_every")
+        run.refuse(*free, because="schedule_path is given")
         best = schedule.read(resolve(path))
         if len(best.r) != depth:
             raise ParameterError(f"{path} is for {len(best.r)} blocks: expected one for {depth}")
         best = best._replace(cost=predicted_macs(merge(start.vit, best.r)), unit="GMACs")  # of this model
         candidates = [best]
     else:
-        images, (limit, cost, unit) = images_of(run, start), budget(run, start, merge)
+        images, (limit, cost, unit, every) = images_of(run, start), budget(run, start, merge)
         print(f"at most {limit:.4g} {unit}, {len(images)} images decide")
-        best, candidates = schedule.choose(start.vit, merge, images.to(evaluate.device()), limit, cost, unit)
+        best, candidates = schedule.choose(start.vit, merge, images.to(evaluate.device()), limit, cost, unit, every)
     write(run.dir / "schedule.json", lambda file: file.write_text(best.to_json() + "\n"))
     return best, candidates

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
@@ -15,7 +14,7 @@ from lib.plots import methods_palette
 
 def schedules(candidates: Sequence[dict[str, Any]]) -> Figure:
     """Tokens merged per block, the chosen candidate as bars, the others as lines, the darker the more images they saw;
-    and the KL of each. Keys r, kl_nats, images, width; the chosen one first."""
+    and the KL of each. Keys r, kl_nats, images, shape (bell, even, …); the chosen one first."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     best, most = candidates[0], max(each["images"] for each in candidates)
     for each in candidates[1:]:
@@ -24,8 +23,8 @@ def schedules(candidates: Sequence[dict[str, Any]]) -> Figure:
     left.set(xlabel="block", ylabel="patches merged")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(frameon=False)
-    table = pd.DataFrame(candidates).assign(shape=lambda rows: np.where(rows.width.isna(), "even", "bell"))
-    palette = methods_palette(["bell", "even"])
+    table = pd.DataFrame(candidates)
+    palette = methods_palette(sorted(table["shape"].unique()))
     sns.scatterplot(table, x="images", y="kl_nats", style="shape", hue="shape", palette=palette, s=60, ax=right)
     right.set(xlabel="images seen until it was dropped", ylabel="KL from the dense model (nats)", yscale="log")
     right.set_xscale("log", base=2)

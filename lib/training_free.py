@@ -46,10 +46,12 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
         return reaching(make, macs_g, 1 - 1e-3) if macs_g else make(1 - rules["keep_ratio"])
     if method in MERGING:
         gamma = {"gamma": rules.get("gamma", 0.5)} if method == "ward" else {}
+        every = rules.get("merge_every", 1)
+        merging = len(vit.blocks[::every])
+        make = lambda total: MERGING[method].of_total(vit, total, every, **gamma)  # noqa: E731
         if macs_g:
-            most = len(vit.blocks) * patches // 2  # half in every block
-            return reaching(lambda total: MERGING[method].of_total(vit, total, **gamma), macs_g, most)
-        return MERGING[method](vit, rules["r"], **gamma)
+            return reaching(make, macs_g, merging * patches // 2)  # half in each
+        return make(merging * rules["r"]) if every > 1 else MERGING[method](vit, rules["r"], **gamma)
     if not macs_g:
         return Anchors(vit, _number(rules["k_anchors"]), _number(rules["top_m"]), **fixed)
     given = [value if value >= 1 else value * patches for value in (rules["k_anchors"], rules["top_m"])]
@@ -69,6 +71,8 @@ def check(run: Run) -> None:
     strength = {"tome": {"r"}, "ward": {"r"}, "anchors": {"k_anchors", "top_m"}}.get(method, {"keep_ratio"})
     if method == "ward" or run.params["ceilings"]:
         free |= {"gamma"}
+    if method in MERGING or run.params["ceilings"]:
+        free |= {"merge_every"}
     if method == "anchors" or run.params["ceilings"] or run.params["shares"]:  # all methods take part, or anchors do
         free |= {"alpha", "start_block", "normalise_scores", "k_anchors", "top_m"}
     if run.params["ceilings"]:
@@ -79,7 +83,7 @@ def check(run: Run) -> None:
         free |= {"seed"}
     else:
         run.refuse(*FINETUNING, because="finetune_epochs is 0")
-    others = {"keep_ratio", "r", "gamma", "blocks", "seed", *("k_anchors", "top_m", "alpha", "start_block")}
+    others = {"keep_ratio", "r", "gamma", "merge_every", "blocks", "seed", "k_anchors", "top_m", "alpha", "start_block"}
     for name in sorted({*others, "normalise_scores"} - free):
         ceiling = name in strength and run.params["macs_g"]
         run.refuse(name, because="macs_g says how strong" if ceiling else f"method is {method!r}")

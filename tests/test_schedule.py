@@ -43,6 +43,15 @@ def test_bells_are_symmetric_about_their_peak():
     assert schedule.bell(10, 0.25, 0.2)[2] == 1 and schedule.bell(10, 0.25, 0.2)[4] == pytest.approx(math.exp(-0.5))
 
 
+def test_a_spaced_shape_is_zero_between():
+    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 1) == [1, 2, 3, 4, 5]
+    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1, 0, 3, 0, 5]
+    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 9) == [1, 0, 0, 0, 0]
+    for every in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"^every is {every}: expected a whole number of blocks from 1$"):
+            schedule.spaced([1.0, 2.0], every)
+
+
 @pytest.mark.parametrize("shape", [[1.0] * 8, *(schedule.bell(8, *each) for each in BELLS)])
 def test_a_fitted_schedule_merges_as_many_as_must_go_in_proportion_to_its_shape(shape):
     for gone in range(0, 25, 3):  # so few that no block has to merge half
@@ -169,6 +178,15 @@ def test_another_cost_is_the_budget_in_its_unit(vit, x):
     assert best.unit == "tokens"
 
 
+def test_candidates_merge_in_every_block_or_in_every_second(vit, x):
+    _, candidates = schedule.choose(vit, ToMe, x[:8], 0.7 * predicted_macs(ToMe(vit, 0)), every=(1, 2))
+    assert {each.every for each in candidates} == {1, 2}
+    assert all(each.r[1::2] == [0, 0, 0] for each in candidates if each.every == 2)
+    assert {each.shape for each in candidates} == {"even", "bell", "even, each 2 blocks", "bell, each 2 blocks"}
+    alone = [schedule.choose(vit, ToMe, x[:8], 0.7 * predicted_macs(ToMe(vit, 0)), every=(n,))[1] for n in (1, 2)]
+    assert sorted({tuple(each.r) for part in alone for each in part}) == sorted(tuple(each.r) for each in candidates)
+
+
 # files
 
 
@@ -176,10 +194,18 @@ CHOSEN = schedule.Schedule([4, 0, 2], 0.3, 0.22, 0.0123, 64, 1.5, "GMACs")
 
 
 @pytest.mark.parametrize("width", [0.22, None])
-def test_a_schedule_is_read_as_it_was_written(tmp_path, width):
-    chosen = CHOSEN._replace(width=width)
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_schedule_is_read_as_it_was_written(tmp_path, width, every):
+    chosen = CHOSEN._replace(width=width, every=every)
     (tmp_path / "schedule.json").write_text(chosen.to_json() + "\n")
     assert schedule.read(tmp_path / "schedule.json") == chosen and "\n" not in chosen.to_json()
+
+
+def test_a_file_that_does_not_say_how_often_is_of_every_block(tmp_path):
+    content = CHOSEN._asdict()
+    del content["every"]
+    (tmp_path / "schedule.json").write_text(json.dumps(content))
+    assert schedule.read(tmp_path / "schedule.json") == CHOSEN
 
 
 @pytest.mark.parametrize(
@@ -303,6 +329,7 @@ def test_the_method_merges_as_the_parameters_say(start, given):
     ("ask", "values", "fault"),
     [("method", {"method": "tome", "gamma": 1.0}, "gamma is 1.0, but method is 'tome'"),
      ("budget", {"macs_g": 0.1, "latency_ms": 5.0}, "macs_g is 0.1, but latency_ms is the budget"),
+     ("found", {"merge_every": [2], "schedule_path": "x"}, "merge_every is [2], but schedule_path is given"),
      ("found", {"macs_g": 0.1, "schedule_path": "x"}, "macs_g is 0.1, but schedule_path is given"),
      ("found", {"latency_ms": 0.1, "schedule_path": "x"}, "latency_ms is 0.1, but schedule_path is given"),
      ("found", {"calibration_images": 16, "schedule_path": "x"},
@@ -315,13 +342,18 @@ def test_parameters_that_would_do_nothing_are_refused(start, given, ask, values,
 
 
 def test_the_budget_is_half_of_dense_where_none_is_given(start, given, monkeypatch):
-    limit, cost, unit = merging.budget(given(), start, Ward)
+    limit, cost, unit, every = merging.budget(given(), start, Ward)
     assert limit == pytest.approx(costs.closed_form_macs(start.vit) / 2e9, rel=1e-12)
-    assert cost is predicted_macs and unit == "GMACs"
+    assert cost is predicted_macs and unit == "GMACs" and every == [1]
+    assert merging.budget(given(merge_every=[2, 3]), start, Ward)[3] == [2, 3]
     assert merging.budget(given(macs_g=0.01), start, Ward)[0] == 0.01
     seen = timed(monkeypatch, lambda pruner: float(parts_of(pruner) @ (0.02, 3e-4, 0.7, 5.0)))
-    limit, cost, unit = merging.budget(given(latency_ms=7.0, latency_batch=4), start, Ward)
-    assert (limit, unit) == (7.0, "ms") and cost(Ward(start.vit, 0)) > 5 and seen[0][1].shape == (4, 3, 12, 12)
+    limit, cost, unit, every = merging.budget(given(latency_ms=7.0, latency_batch=4), start, Ward)
+    assert (
+        (limit, unit, every) == (7.0, "ms", [1, 2])
+        and cost(Ward(start.vit, 0)) > 5
+        and seen[0][1].shape == (4, 3, 12, 12)
+    )
 
 
 def test_validation_images_decide_and_every_first_part_is_spread_over_them(start, given):

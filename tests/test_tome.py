@@ -251,6 +251,8 @@ def test_of_total_distributes():
             assert len(pruner.rs) == depth and sum(pruner.rs) == total and max(pruner.rs) - min(pruner.rs) <= 1
             assert [197 - count for count in pruner.counts()[1]] == list(itertools.accumulate(pruner.rs))
     assert sum(ToMe.of_total(vit, 7.4).rs) == 7
+    assert ToMe.of_total(vit, 40, every=5).rs == [13, 0, 0, 0, 0, 14, 0, 0, 0, 0, 13, 0]
+    assert ToMe.of_total(vit, 9, every=99).rs == [9, *[0] * 11]
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_gap_224", "vit_small_patch14_reg4_dinov2"])

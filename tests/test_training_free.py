@@ -14,7 +14,7 @@ from lib import evaluate, models, params, runs, training_free
 from lib.evaluate import Predictions
 from lib.pruners import surgery
 from lib.pruners.anchors import Anchors
-from lib.pruners.baselines import EViT, TopK
+from lib.pruners.baselines import EViT, ToMe, TopK
 from lib.pruners.dropping import predicted_macs
 from lib.pruners.tokens import TokenPruner
 from lib.starts import Start
@@ -47,6 +47,8 @@ def masked(start):
      ({"method": "evit", "blocks": [0, 2], "keep_ratio": 0.25}, "EViT", {"keep_ratio": 0.25, "blocks": [0, 2]}),
      ({"method": "random", "seed": 3}, "RandomDrop", {"keep_ratio": 0.5, "blocks": [1, 2, 3], "seed": 3}),
      ({"method": "tome"}, "ToMe", {"r": 2}),
+     ({"method": "tome", "merge_every": 2}, "ToMe", {"r": [2, 0, 2, 0]}),
+     ({"method": "tome", "merge_every": 3, "r": 3}, "ToMe", {"r": [3, 0, 0, 3]}),
      ({"method": "ward", "gamma": 1.0}, "Ward", {"r": 2, "gamma": 1.0, "linkage": "ward", "keys": "heads"}),
      ({"method": "anchors", "k_anchors": 3.0, "start_block": 2, "normalise_scores": "none"}, "Anchors",
       {"k_anchors": 3, "top_m": 0.4, "alpha": 0.3, "start_block": 2, "normalise": "none"})],
@@ -63,6 +65,7 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
     [({"method": "tome", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'tome'"),
      ({"r": 3}, "r is 3, but method is 'topk'"),
      ({"gamma": 1.0, "ceilings": []}, "gamma is 1.0, but method is 'topk'"),
+     ({"merge_every": 2, "ceilings": []}, "merge_every is 2, but method is 'topk'"),
      ({"method": "ward", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'ward'"),
      ({"method": "ward", "r": 3, "macs_g": 0.1}, "r is 3, but macs_g says how strong"),
      ({"method": "ward", "alpha": 0.1, "ceilings": []}, "alpha is 0.1, but method is 'ward'"),
@@ -77,7 +80,8 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
      ({"method": "random", "seed": 1, "blocks": [1], "ceilings": []}, ""),
      ({"method": "tome", "r": 3, "ceilings": []}, ""),
      ({"method": "ward", "r": 3, "gamma": 1.0, "ceilings": []}, ""),
-     ({"gamma": 1.0}, ""),
+     ({"gamma": 1.0, "merge_every": 2}, ""),
+     ({"method": "ward", "merge_every": 2, "macs_g": 0.1, "ceilings": []}, ""),
      ({"method": "tome", "alpha": 0.1, "blocks": [2], "seed": 1}, ""),  # all methods are shown at ceilings
      ({"alpha": 0.1, "ceilings": [], "shares": [0.5]}, "")],
 )  # fmt: skip
@@ -91,6 +95,16 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path, values, fault):
     else:
         training_free.check(run)
     run.close()
+
+
+def test_a_price_is_met_by_merging_in_some_blocks_only(start):
+    whole = predicted_macs(ToMe(start.vit, 0))
+    for method in ("tome", "ward"):
+        pruner = training_free.build(start.vit, RULES | {"merge_every": 2}, method, 0.75 * whole)
+        r = pruner.rs
+        assert r[1] == r[3] == 0 and r[0] and abs(r[0] - r[2]) <= 1
+        milder = training_free.MERGING[method].of_total(start.vit, sum(r) - 1, 2)
+        assert predicted_macs(pruner) <= 0.75 * whole < predicted_macs(milder)
 
 
 def test_peers_hide_no_faults(start, capsys):

@@ -1,15 +1,16 @@
 """How many tokens to merge in which block, for a budget: a schedule, chosen by what it does to the model's answers.
 
-Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks. Unlabelled
-images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few images, the
-better half on as many more, until all images were seen and one is left. A bell has two numbers, which a few images can
-tell; a number for every block would fit the images.
+Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks; for a budget of
+time also those that merge in every second block only, since matching takes time, though hardly any multiply-adds.
+Unlabelled images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few
+images, the better half on as many more, until all images were seen and one is left. A bell has two numbers, which a few
+images can tell; a number for every block would fit the images.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Schedule(NamedTuple):
     """r: tokens merged per block. centre, width: of its bell, in shares of the depth; width None is even merging.
 
     kl_nats: from the dense model, mean over `images` images. cost: of one image in GMACs, or of a batch in ms (`unit`).
+    every: only the first block and each `every`-th from there on merge.
     """
 
     r: list[int]
@@ -40,6 +42,12 @@ class Schedule(NamedTuple):
     images: int
     cost: float
     unit: str
+    every: int = 1
+
+    @property
+    def shape(self) -> str:
+        """What kind of schedule this is, for tables and figures."""
+        return ("even" if self.width is None else "bell") + (f", each {self.every} blocks" if self.every > 1 else "")
 
     def to_json(self) -> str:
         """The schedule as one line of JSON."""
@@ -50,7 +58,7 @@ def read(path: str | Path) -> Schedule:
     """The schedule in a JSON file that holds one; ValueError, one line, where it does not."""
     try:
         content = json.loads(Path(path).read_text())
-        found = Schedule(**{name: content[name] for name in NAMES})
+        found = Schedule(**{name: content[name] for name in NAMES}, every=content.get("every", 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no schedule ({error}): expected a JSON object of {', '.join(NAMES)}") from None
     if not isinstance(found.r, list) or not all(isinstance(each, int) and each >= 0 for each in found.r):
@@ -61,6 +69,13 @@ def read(path: str | Path) -> Schedule:
 def bell(depth: int, centre: float, width: float) -> list[float]:
     """exp(−(l − centre)² / 2 width²) with l the middle of each block; all in shares of the depth."""
     return [math.exp(-((((block + 0.5) / depth - centre) / width) ** 2) / 2) for block in range(depth)]
+
+
+def spaced(shape: Sequence[float], every: int) -> list[float]:
+    """A shape that is 0 but in the first block and every `every`-th from there on."""
+    if every < 1 or every != int(every):
+        raise ValueError(f"every is {every}: expected a whole number of blocks from 1")
+    return [0.0 if block % every else each for block, each in enumerate(shape)]
 
 
 def fitted(shape: Sequence[float], patches: int, cost: Callable[[list[int]], float], limit: float) -> list[int] | None:
@@ -93,20 +108,22 @@ def choose(
     limit: float,
     cost: Callable[[ToMe], float] = predicted_macs,
     unit: str = "GMACs",
+    every: Sequence[int] = (1,),
 ) -> tuple[Schedule, list[Schedule]]:
     """The schedule under which a merging model answers most as `vit` does at a cost of at most `limit`, and the best of
     every candidate: those that were dropped early saw fewer images.
 
     make: the merging model of vit that merges r per block, as Ward or ToMe. images: (N, 3, H, W), on the model's
-    device; never test on them. cost: of a merging model, in `unit`. Unreachable where no candidate is so cheap.
+    device; never test on them. cost: of a merging model, in `unit`. every: candidates merge in each block (1), each
+    second from the first on (2), …. Unreachable where no candidate is so cheap.
     """
     depth, patches = len(vit.blocks), make(vit, 0).patches
     shapes = [(centre, width, bell(depth, centre, width)) for centre in CENTRES for width in WIDTHS]
     found: dict[tuple[int, ...], Schedule] = {}
-    for centre, width, shape in [(0.5, None, [1.0] * depth), *shapes]:
-        r = fitted(shape, patches, lambda r: cost(make(vit, r)), limit)
+    for step, (centre, width, shape) in product(every, [(0.5, None, [1.0] * depth), *shapes]):
+        r = fitted(spaced(shape, step), patches, lambda r: cost(make(vit, r)), limit)
         if r is not None:
-            found.setdefault(tuple(r), Schedule(r, centre, width, 0.0, 0, cost(make(vit, r)), unit))
+            found.setdefault(tuple(r), Schedule(r, centre, width, 0.0, 0, cost(make(vit, r)), unit, step))
     if not found:
         raise Unreachable(f"no schedule costs at most {limit:g} {unit}: expected a higher limit")
     seen, running = [], list(found.values())
@@ -136,12 +153,12 @@ def milliseconds(
 ) -> Callable[[ToMe], float]:
     """A cost for `choose`: milliseconds for a batch like `images` (B, 3, H, W) on this machine and device, estimated.
 
-    Ten schedules are timed in turns. Their times are fitted by what they consist of, with no part below 0: tokens,
+    Thirteen schedules are timed in turns. Their times are fitted by what they consist of, with no part below 0: tokens,
     pairs of tokens, merging blocks and a constant.
     """
     depth = len(vit.blocks)
     patches = make(vit, [0] * depth).patches
-    shapes = [[1.0] * depth, bell(depth, 0.25, 0.2), bell(depth, 0.6, 0.2)]
+    shapes = [[1.0] * depth, spaced([1.0] * depth, 2), bell(depth, 0.25, 0.2), bell(depth, 0.6, 0.2)]
     left = [0.7 * patches, 0.4 * patches, 0.1 * patches]
     schedules = [fitted(shape, patches, lambda r: patches - sum(r), most) for most in left for shape in shapes]
     pruners = {str(place): make(vit, r) for place, r in enumerate([[0] * depth, *filter(None, schedules)])}
