@@ -10,7 +10,7 @@ at random (of the ImageNet sample 300: those that Ward merging was made with).
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from lib.pruners.baselines import EViT, ToMe, TopK
 from lib.pruners.dropping import Unreachable, predicted_macs, reaching
 from lib.pruners.ward import Ward
 
-WAYS = {  # merging evenly over the blocks
+WAYS = {  # merging evenly
     "ToMe": ToMe,
     "+ keys of all heads": partial(Ward, gamma=0, linkage="cosine"),
     "+ Ward's cost": partial(Ward, gamma=0, keys="mean"),
@@ -33,23 +33,31 @@ WAYS = {  # merging evenly over the blocks
     "Ward without attention": partial(Ward, gamma=0),
     "Ward with mean keys": partial(Ward, keys="mean"),
     "Ward": Ward,
+    "ToMe, each 2 blocks": ToMe,
+    "Ward, each 2 blocks": Ward,
 }
+SCHEDULED = {"ToMe, scheduled": ToMe, "Ward, scheduled": Ward}
+DROPPING = {"Top-K": TopK, "EViT": EViT}
+EVERY = (*WAYS, *SCHEDULED, *DROPPING)
 
 
-def arms(vit: nn.Module, limit: float, look_at: Tensor) -> Iterator[tuple[str, nn.Module]]:
-    """Name and model of every way at `limit` GMACs."""
+def arms(vit: nn.Module, limit: float, look_at: Tensor, ways: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Name and model of each of `ways` at `limit` GMACs."""
     depth, patches = len(vit.blocks), vit.patch_embed.num_patches
-    for name, make in WAYS.items():
-        even = schedule.fitted([1.0] * depth, patches, lambda r, make=make: predicted_macs(make(vit, r)), limit)
-        if even is None:
-            raise Unreachable(f"{name} cannot come under {limit:.3g} GMACs: expected a lower ceiling")
-        yield name, make(vit, even)
-    for name in ("ToMe", "Ward"):
-        best, _ = schedule.choose(vit, WAYS[name], look_at, limit)
-        print(f"{name}, scheduled: r = {best.r}", flush=True)
-        yield f"{name}, scheduled", WAYS[name](vit, best.r)
-    for name, kind in (("Top-K", TopK), ("EViT", EViT)):
-        yield name, reaching(lambda strength, kind=kind: kind(vit, 1 - strength), limit, 1 - 1e-3)
+    for name in ways:
+        if name in WAYS:
+            make, shape = WAYS[name], schedule.spaced([1.0] * depth, 2 if name.endswith("each 2 blocks") else 1)
+            even = schedule.fitted(shape, patches, lambda r, make=make: predicted_macs(make(vit, r)), limit)
+            if even is None:
+                raise Unreachable(f"{name} cannot come under {limit:.3g} GMACs: expected a lower ceiling")
+            yield name, make(vit, even)
+        elif name in SCHEDULED:
+            best, _ = schedule.choose(vit, SCHEDULED[name], look_at, limit)
+            print(f"{name}: r = {best.r}", flush=True)
+            yield name, SCHEDULED[name](vit, best.r)
+        else:
+            make = DROPPING[name]
+            yield name, reaching(lambda strength, make=make: make(vit, 1 - strength), limit, 1 - 1e-3)
 
 
 @torch.inference_mode()
@@ -58,7 +66,14 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model.eval()(part).double().log_softmax(1) for part in images.split(32)])
 
 
-def measured(vit: nn.Module, look_at: Tensor, images: Tensor, labels: Tensor, ceilings: list[float]) -> pd.DataFrame:
+def measured(
+    vit: nn.Module,
+    look_at: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    ceilings: Sequence[float],
+    ways: Sequence[str] = EVERY,
+) -> pd.DataFrame:
     """One row per ceiling and way."""
     clean, whole, rows = answers(vit, images), predicted_macs(ToMe(vit, 0)), []
     nll = lambda found: -found[torch.arange(len(labels)), labels]  # noqa: E731
@@ -67,7 +82,7 @@ def measured(vit: nn.Module, look_at: Tensor, images: Tensor, labels: Tensor, ce
     rows.append(row)
     for ceiling in ceilings:
         found = {}
-        for name, pruner in arms(vit, whole / ceiling, look_at):
+        for name, pruner in arms(vit, whole / ceiling, look_at, ways):
             found[name] = answers(pruner, images)
             right = found[name].argmax(1) == labels
             row = {"ceiling": ceiling, "way": name, "fewer MACs": whole / predicted_macs(pruner)}
@@ -93,6 +108,7 @@ def main() -> None:
     parser.add_argument("--normalise", default="half", choices=["data", *data.STATISTICS])
     parser.add_argument("--calibrate", type=int, default=128, help="images that choose schedules")
     parser.add_argument("--ceilings", type=float, nargs="+", default=[1.15, 1.5, 1.64, 1.9, 2.5])
+    parser.add_argument("--ways", nargs="+", choices=EVERY, default=EVERY, help="ToMe first, with whom others compare")
     parser.add_argument("--out", default="", help="a CSV file of the table")
     asked = parser.parse_args()
     runs.keep_memory()
@@ -109,7 +125,7 @@ def main() -> None:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         look_at, x, labels = x[order[: asked.calibrate]], *(each[order[asked.calibrate :]] for each in (x, labels))
     print(f"{images.name}: {len(look_at)} images choose schedules, {len(x)} are tested on\n", flush=True)
-    table = measured(vit.eval(), look_at, x, labels, asked.ceilings)
+    table = measured(vit.eval(), look_at, x, labels, asked.ceilings, asked.ways)
     if asked.out:
         table.to_csv(asked.out, index=False)
     print("\n" + table.to_markdown(index=False, floatfmt=".4f"))
