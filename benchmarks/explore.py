@@ -8,7 +8,7 @@ import argparse
 import statistics
 import time
 
-from lib import explore, runs, widgets
+from lib import explore, runs, strengths, widgets
 
 
 def moves(model: str, method: str, count: int) -> list[float]:
@@ -28,7 +28,7 @@ def moves(model: str, method: str, count: int) -> list[float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="checkpoints/vit_digits.safetensors")
-    parser.add_argument("--methods", nargs="+", choices=explore.METHODS, default=explore.METHODS)
+    parser.add_argument("--methods", nargs="+", choices=strengths.METHODS, default=strengths.METHODS)
     parser.add_argument("--count", type=int, default=6, help="moves of each slider")
     arguments = parser.parse_args()
     runs.keep_memory()

@@ -9,7 +9,7 @@ import ipywidgets
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from lib import blocks, explore, plots_explore, runs
+from lib import blocks, explore, plots_explore, runs, strengths
 
 QUIET = 0.05  # seconds without a further change after which one is acted upon
 FAULTS = (blocks.UnsupportedBlock, ValueError)  # the project's own are ValueErrors
@@ -53,7 +53,7 @@ class Explorer:
             self.number.value = int(image)
         else:
             self.upload = image
-        self.methods = [ipywidgets.Dropdown(options=explore.METHODS, value=method) for method, _ in chosen]
+        self.methods = [ipywidgets.Dropdown(options=strengths.METHODS, value=method) for method, _ in chosen]
         self.strengths = [ipywidgets.SelectionSlider(options=[0.0], layout=wide, style=label) for _ in chosen]
         self.units = [ipywidgets.Label() for _ in chosen]
         self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
@@ -98,7 +98,7 @@ class Explorer:
         values = sorted({*values, begins}, reverse=values[0] > values[-1])  # the mildest first
         slider.options = [(f"{value:g}", value) for value in values]
         slider.value = begins
-        self.units[side].value = explore.WHAT[method]
+        self.units[side].value = strengths.WHAT[method]
 
     def _load(self, change: dict[str, Any]) -> None:
         if change["new"] == self.subject.name:

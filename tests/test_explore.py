@@ -15,7 +15,20 @@ import torch
 from conftest import DROPOUT, TINY
 from PIL import Image
 
-from lib import blocks, data, evaluate, explore, images, models, plots, plots_explore, runs, training_free, widgets
+from lib import (
+    blocks,
+    data,
+    evaluate,
+    explore,
+    images,
+    models,
+    plots,
+    plots_explore,
+    runs,
+    strengths,
+    training_free,
+    widgets,
+)
 from lib.pruners import acdc, baselines, components, eap, surgery
 from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
@@ -95,7 +108,7 @@ def fed(image, source):
 # views
 
 
-@pytest.mark.parametrize("method", explore.METHODS)
+@pytest.mark.parametrize("method", strengths.METHODS)
 def test_the_mildest_strength_is_the_dense_model(subject, image, method):
     dense, mildest = subject.look(image, "dense", 0.0), subject.slider(method)[0]
     view = subject.look(image, method, mildest)
@@ -197,7 +210,7 @@ def test_a_model_that_embeds_only_some_patches_shows_the_others_as_gone(vit, tin
 
 def test_nothing_is_trained_or_changed_by_looking(subject, vit, image):
     state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    for method in explore.METHODS:
+    for method in strengths.METHODS:
         for strength in subject.slider(method)[:: len(subject.slider(method)) - 1]:
             subject.look(image, method, strength)
     assert state.keys() == vit.state_dict().keys()
@@ -237,7 +250,7 @@ def test_the_dear_parts_are_computed_once_for_all_images_and_strengths(subject, 
 # strengths
 
 
-@pytest.mark.parametrize("method", explore.METHODS)
+@pytest.mark.parametrize("method", strengths.METHODS)
 def test_every_value_of_a_slider_is_accepted_the_mildest_first(subject, image, method):
     values = subject.slider(method)
     assert len({*values}) == len(values) and subject.strength(method) == values[len(values) // 2]
@@ -254,7 +267,7 @@ def test_every_value_of_a_slider_is_accepted_the_mildest_first(subject, image, m
 def test_a_strength_that_cannot_be_is_refused_with_its_unit(subject, method, wanted):
     with pytest.raises(explore.ExploreError, match=f"strength is {wanted:g}: expected for {method} the ") as caught:
         subject.strength(method, wanted)
-    assert explore.WHAT[method] in str(caught.value) and "\n" not in str(caught.value)
+    assert strengths.WHAT[method] in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_shares_between_and_whole_numbers_of_patches_are_strengths(subject):
@@ -618,7 +631,7 @@ def check_shows(explorer, which, *pairs):
 def test_it_begins_with_what_was_chosen(explorer, subject):
     check_shows(explorer, "1", ("topk", 0.5), ("tome", 3))
     assert explorer.number.value == 1 and explorer.number.max == 8 and explorer.model.value == "tiny"
-    assert [unit.value for unit in explorer.units] == [explore.WHAT["topk"], explore.WHAT["tome"]]
+    assert [unit.value for unit in explorer.units] == [strengths.WHAT["topk"], strengths.WHAT["tome"]]
     assert [value for _, value in explorer.strengths[0].options] == subject.slider("topk")
 
 
@@ -634,7 +647,7 @@ def test_a_slider_changes_the_picture_and_the_table_at_once(explorer):
 def test_a_method_brings_its_own_slider(explorer, subject):
     explorer.methods[1].value = "avit"
     assert [value for _, value in explorer.strengths[1].options] == subject.slider("avit")
-    assert explorer.strengths[1].value == subject.strength("avit") and explorer.units[1].value == explore.WHAT["avit"]
+    assert explorer.strengths[1].value == subject.strength("avit") and explorer.units[1].value == strengths.WHAT["avit"]
     check_shows(explorer, "1", ("topk", 0.5), ("avit", subject.strength("avit")))
     explorer.strengths[1].value = 0.0
     check_shows(explorer, "1", ("topk", 0.5), ("avit", 0.0))
@@ -643,7 +656,7 @@ def test_a_method_brings_its_own_slider(explorer, subject):
 def test_a_strength_between_is_put_in_its_place(subject):
     explorer = widgets.Explorer(subject, "1", [("topk", 0.333)])
     values = [value for _, value in explorer.strengths[0].options]
-    assert explorer.strengths[0].value == 0.333 and values == sorted({*explore.RATIOS, 0.333}, reverse=True)
+    assert explorer.strengths[0].value == 0.333 and values == sorted({*strengths.RATIOS, 0.333}, reverse=True)
 
 
 def test_a_fault_is_said_and_what_was_there_stays(explorer, monkeypatch, tmp_path):
@@ -665,7 +678,7 @@ def test_a_method_that_a_model_cannot_bear_is_said(tiny):
     explorer.methods[0].value = "anchors"
     assert "has no class token: anchors are what that attends to" in explorer.said.value and seen(explorer) == before
     explorer.methods[0].value = "grid"
-    check_shows(explorer, "0", ("grid", explore.RATIOS[len(explore.RATIOS) // 2]))
+    check_shows(explorer, "0", ("grid", strengths.RATIOS[len(strengths.RATIOS) // 2]))
 
 
 def test_an_upload_is_shown_from_either_ipywidgets(explorer, subject, tmp_path):
