@@ -67,7 +67,7 @@ class Ward(ToMe):
             return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), weight
         pairs = lambda each: each[:, first::2, None] + each[:, None, 1 - first :: 2]  # noqa: E731
         a, b = keys[:, first::2], keys[:, 1 - first :: 2]
-        apart = pairs(keys.square().sum(dim=2)).baddbmm_(a, b.transpose(1, 2), alpha=-2)  # |k_A − k_B|²
+        apart = pairs(keys.square().sum(dim=2)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
         return apart.div_(pairs(-1 / weight)), weight
 
     def _read(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> Tensor:
