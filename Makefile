@@ -43,6 +43,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/avit.py
 	$(BIN)/python benchmarks/acdc.py
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/compare.py
 
 report: $(VENV)/ready
 	$(BIN)/python report/build.py outputs

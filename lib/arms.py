@@ -68,7 +68,7 @@ def collect(run: Run) -> Arms:
 
 def _finished(run: Run) -> pd.DataFrame:
     try:
-        table, left_out = compare.collect(root() / run.params["runs"], run.params["dataset"])
+        table, left_out = compare.collect(root() / run.params["runs"], run.params["dataset"], run.params["metric"])
     except compare.NoRuns as error:
         if not run.params["models"]:
             raise

@@ -25,8 +25,9 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Is an arm really better or worse than the baseline, and than random choices at its cost?
 
     By the answers of the first seeds on the same test images: difference in accuracy with its 95 % interval by the
-    paired bootstrap, McNemar's exact p, and p_holm, which holds for all arms at once. random: the arm whose method is
-    random (sets, tokens, parts) and whose MACs differ least, at most by SAME_COST; None where there is none.
+    paired bootstrap, McNemar's exact p, and p_holm, which holds for all arms at once. random: of the arms whose method
+    is random (sets, tokens, parts) and whose MACs differ at most by SAME_COST the one that was tuned alike, by its
+    name, and differs least; None where there is none.
     """
     against = baseline_arm(table, baseline)
     firsts = table.drop_duplicates("arm").set_index("arm")
@@ -35,9 +36,10 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     rows = []
     for arm, row in firsts.iterrows():
         found = {"arm": arm, **_paired(right[arm], right[against])}
-        apart = ((blind.macs_g - row.macs_g).abs() / row.macs_g).sort_values()
-        apart = apart[(apart <= SAME_COST) & (apart.index != arm)]
-        found["random"] = apart.index[0] if len(apart) and not row.method.startswith("random") else None
+        tuned = blind.method.str.endswith("-tuned") != row.method.endswith("-tuned")
+        near = pd.DataFrame({"tuned": tuned, "apart": (blind.macs_g - row.macs_g).abs() / row.macs_g})
+        near = near[near.apart <= SAME_COST].sort_values(["tuned", "apart"])
+        found["random"] = near.index[0] if len(near) and not row.method.startswith("random") else None
         if found["random"]:
             found |= {f"{name}_random": value for name, value in _paired(right[arm], right[found["random"]]).items()}
         rows.append(found)
@@ -67,7 +69,7 @@ def volumes(summary: pd.DataFrame, metric: str, baseline: str, classes: int) -> 
     summary: of compare.summary; baseline: an arm.
     """
     most, chance = summary.macs_g[summary.arm == baseline].iloc[0], (5 if metric == "top5" else 1) / classes
-    whole = most * (1 - chance)
+    whole = most * max(1e-9, 1 - chance)  # of as many classes as answers count every method is as good
     rows = [{"method": method, "arms": len(rows), "cheapest": rows.macs_g.min(), "best": rows[metric].max(),
              "volume": evaluate.hypervolume(rows, "macs_g", metric, (most, chance)) / whole}
             for method, rows in summary.groupby("method")]  # fmt: skip

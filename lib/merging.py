@@ -48,6 +48,8 @@ def images_of(run: Run, start: Start) -> Tensor:
 def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[TokenPruner], float], str, list[int]]:
     """What merging.ipynb has to meet, how it is reckoned, its unit, and each how many blocks candidates may merge."""
     every = run.params["merge_every"]
+    if wrong := [each for each in every if not isinstance(each, int)]:  # said before anything is timed
+        raise ParameterError(f"merge_every holds {wrong[0]!r}: expected whole numbers of blocks")
     if limit := run.params["latency_ms"]:
         run.refuse("macs_g", because="latency_ms is the budget")
         batch = evaluate.batch(start.images, run.params["latency_batch"]).to(evaluate.device())

@@ -75,7 +75,7 @@ def paired_bootstrap(
     """
     a, b = _paired(correct_a, correct_b)
     only_a, only_b = np.mean(a & ~b), np.mean(~a & b)
-    counts = np.random.default_rng(seed).multinomial(len(a), [only_a, only_b, 1 - only_a - only_b], size=n)
+    counts = np.random.default_rng(seed).multinomial(len(a), [only_a, only_b, max(0.0, 1 - only_a - only_b)], size=n)
     low, high = np.quantile((counts[:, 0] - counts[:, 1]) / len(a), [0.025, 0.975])
     return {"difference": float(only_a - only_b), "ci95_low": float(low), "ci95_high": float(high)}
 

@@ -21,7 +21,7 @@ from lib.pruners.ucb import UCB
 
 WHAT = {
     **dict.fromkeys(baselines.DROPPING, "share of the running patches that stay, in three blocks"),
-    **dict.fromkeys(training_free.MERGING, "patches merged in every block, r"),
+    **dict.fromkeys(training_free.MERGING, "patches merged per block, r"),
     "anchors": "share of the patches that stay, from block 1 on",
     "ucb": "share of the patches that are embedded at all",
     "avit": "centre of the halting gate: the lower, the earlier tokens halt",

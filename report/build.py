@@ -80,6 +80,7 @@ def run_card(run: Path, pages: Path) -> dict[str, Any]:
     pictures = {picture.stem: picture for picture in sorted((run / "figures").glob("*.png"))}
     shown = next((name for name in FIRST if name in pictures), next(iter(pictures), None))
     return {
+        "folder": run,
         "name": run.name,
         "notebook": run.parent.name,
         "page": page.name if page.exists() else None,
@@ -94,13 +95,17 @@ def run_card(run: Path, pages: Path) -> dict[str, Any]:
 
 
 def arms(newest: Path, cards: dict[str, dict]) -> dict[str, list[str]]:
-    """The runs of each arm, of those here: a comparison's runs.csv names them by their folders."""
+    """The runs of each arm, of those here: a comparison's runs.csv names them by their folders.
+
+    One that lies elsewhere goes by its name only where nothing lies there any more: reports are moved.
+    """
     found: dict[str, list[str]] = {}
     if (newest / "runs.csv").exists():
         with open(newest / "runs.csv", newline="") as file:
             for row in csv.DictReader(file):
-                name = "/".join(Path(row["run"]).parts[-2:])
-                found.setdefault(row["arm"], []).extend([name] if name in cards else [])
+                place, name = Path(row["run"]), "/".join(Path(row["run"]).parts[-2:])
+                here = name in cards and (not place.exists() or place.samefile(cards[name]["folder"]))
+                found.setdefault(row["arm"], []).extend([name] if here and row.get("method") != "given" else [])
     return found
 
 

@@ -41,14 +41,15 @@ def again(wanted: Sequence[str], runs: Mapping[str, dict]) -> list[str]:
 
 
 def on_other_images(wanted: str, runs: Mapping[str, dict]) -> list[str]:
-    """The same for images of one's own, PICTURES: what needs no other run reads them, the rest follows."""
+    """The same for images of one's own, PICTURES: what starts from no other run reads them, the rest follows."""
     commands = []
     for name in in_order([wanted], runs):
         words = shlex.split(runs[name]["command"] or "")[3:]  # after papermill and the two notebooks: -r key value ...
         options, starts = [], False
         for flag, key, value in zip(words[::3], words[1::3], words[2::3], strict=False):
             if needed := named(value, runs):
-                starts, value = True, "outputs/{}/mine-{}".format(*needed.split("/"))
+                starts |= needed == named(runs[name]["start"], runs)
+                value = "outputs/" + needed.replace("/", "/mine-") + value.partition(needed)[2]
             if key not in (*IMAGES, *PLACES):
                 options.append(f"{flag} {key} {shlex.quote(value)}")
         if not starts:

@@ -89,6 +89,11 @@ def test_every_way_of_merging_costs_the_same_and_is_measured_as_it_answers():
     assert [each > 0 for each in found["Ward, each 2 blocks"]] == [True, False] * 3
 
 
+def test_made_runs_are_read_as_arms_and_seeds(tmp_path):
+    taken, found = load("compare").seconds(30, tmp_path)
+    assert taken > 0 and found == 3
+
+
 def test_moves_of_a_slider_are_timed_each_on_another_strength(monkeypatch):
     explore, drawn = load("explore"), []
     draw = explore.widgets.Explorer.draw

@@ -44,7 +44,7 @@ def test_seeds_are_repetitions_and_twins_are_not(tmp_path):
     run(tmp_path, "stage2/twin", seed=1, params={"stage1_checkpoint_path": "elsewhere"})
     found, left_out = arms(tmp_path)
     assert found == {"ucb 0.5": [0, 1, 2]}
-    assert left_out == {"stage2/twin": "made like another run, with the same seed"}
+    assert left_out == {"stage2/twin": "made like another run, with the same seeds"}
 
 
 def test_methods_without_a_ratio_are_named_by_their_setting(tmp_path):
@@ -87,6 +87,52 @@ def test_a_start_is_known_however_its_path_is_given(tmp_path, monkeypatch, given
                    "by a link": f"link{seed}"}[given]  # fmt: skip
         run(tmp_path, f"eap/r{seed}", method="eap", seed=seed, params={"model_path": weights}, start=start)
     assert arms(tmp_path)[0] == {"eap 0.5": [0, 1]}
+
+
+def test_runs_without_a_seed_are_repetitions_by_the_seeds_of_what_they_start_from(tmp_path):
+    for seed in (0, 1, 2):
+        start = run(tmp_path, f"dense/s{seed}", method="dense", seed=seed, ratio=1.0)
+        run(tmp_path, f"merging/r{seed}", method="ward", setting="1 GMACs", start=start)
+    run(tmp_path, "merging/twin", method="ward", setting="1 GMACs", start=start)
+    found, left_out = arms(tmp_path)
+    assert found == {"dense 1": [0, 1, 2], "ward 1 GMACs": [0, 0, 0]}
+    assert left_out == {"merging/twin": "made like another run, with the same seeds"}
+
+
+def test_a_run_or_a_file_in_it_given_as_a_parameter_counts_by_how_it_was_made(tmp_path):
+    for seed in (0, 1):
+        start = run(tmp_path, f"dense/s{seed}", method=None, seed=seed)
+        for way in ("a", "b"):
+            other = run(tmp_path, f"acdc/{way}{seed}", method=None, seed=seed, params={"rule": way}, start=start)
+            (other / "schedule.json").touch()
+            values = {"params": {"like": str(other), "path": str(other / "schedule.json")}, "start": start}
+            run(tmp_path, f"eap/{way}{seed}", method="eap", seed=seed, **values)
+    assert arms(tmp_path)[0] == {"eap 0.5 (a0)": [0, 1], "eap 0.5 (b0)": [0, 1]}
+
+
+def test_what_cannot_be_compared_is_left_out_with_the_reason(tmp_path):
+    run(tmp_path, "a/whole")
+    edited = {
+        "costless": ("metrics", "macs_g", "says nothing of macs_g"),
+        "scoreless": ("metrics", "top1", "says nothing of top1"),
+        "foreign": ("provenance", "dataset_digest", "says nothing of dataset_digest (provenance.json)"),
+    }
+    for name, (file, key, _) in edited.items():
+        path = run(tmp_path, f"a/{name}", params={"name": name}) / f"{file}.json"
+        content = json.loads(path.read_text())
+        del content[key]
+        path.write_text(json.dumps(content))
+    found, left_out = arms(tmp_path)
+    assert found == {"ucb 0.5": [0]} and left_out == {f"a/{name}": why for name, (*_, why) in edited.items()}
+
+
+def test_numbers_and_texts_of_one_name_are_written_as_text(tmp_path):
+    for name, value in (("one", 3), ("two", "three")):
+        path = run(tmp_path, f"a/{name}", name, setting=value) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": value}))
+    table, _ = compare.collect(tmp_path / "*/*")
+    table.to_parquet(tmp_path / "runs.parquet")
+    assert table.arm.tolist() == ["one 3", "two three"] and table.note.tolist() == ["3", "three"]
 
 
 def test_another_path_of_the_same_name_is_part_of_how_a_run_was_made(tmp_path):
@@ -229,7 +275,7 @@ def test_recommend(table):
         "fewest multiply-adds within five points": "dense 1",
         "fewest parameters within five points": "dense 1",
     }
-    because = "top1 0.800 (-10.0 points) at 2.00× the baseline's speed, 0.500 GMACs, 1.00 M parameters"
+    because = "top1 0.800 (-10.0 points) at 2.00× the baseline's speed (50.0 ms), 0.500 GMACs, 1.00 M parameters"
     assert advice.because["most accuracy per ms"] == because
     none = compare.recommend(summary, "top1", 10.0, "dense 1").iloc[1]
     assert none.use == "none" and none.because == "the fastest takes 50.0 ms"

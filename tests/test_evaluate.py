@@ -475,6 +475,9 @@ def test_paired_bootstrap_is_scipys():
     assert (ours["ci95_low"], ours["ci95_high"]) == pytest.approx((theirs.low, theirs.high), abs=1 / 150)
     assert ours == paired_bootstrap(a, b) and ours != paired_bootstrap(a, b, seed=1)
     assert paired_bootstrap(a, a) == {"difference": 0, "ci95_low": 0, "ci95_high": 0}
+    for won in range(1, 10):  # no image on which both are right or wrong: shares add up to 1 but for rounding
+        apart = np.arange(10) < won
+        assert paired_bootstrap(apart, ~apart)["difference"] == pytest.approx(won / 5 - 1)
 
 
 def test_pairs_that_do_not_match_are_refused():

@@ -68,6 +68,17 @@ def direct(ours: np.ndarray, theirs: np.ndarray) -> float:
     return stats.binomtest(only, only + other).pvalue if only + other else 1.0
 
 
+def test_of_random_arms_at_one_cost_the_one_tuned_alike_is_what_an_arm_has_to_beat(tmp_path):
+    for method in ("dense", "random tokens", "random tokens-tuned", "topk", "topk-tuned"):
+        for seed in (0, 1):
+            finished(tmp_path, f"a/{method}{seed}", method, ratio=0.5, seed=seed)
+    table, _ = compare.collect(tmp_path / "*/*")
+    found = evidence.significance(table, "dense").set_index("arm").random
+    assert found["topk 0.5"] == found["dense 0.5"] == "random tokens 0.5"
+    assert found["topk-tuned 0.5"] == "random tokens-tuned 0.5"
+    assert found[["random tokens 0.5", "random tokens-tuned 0.5"]].isna().all()
+
+
 def test_first_seeds_are_tested_in_pairs_against_the_baseline(answered):
     table, right = answered
     rows = evidence.significance(table, "dense").set_index("arm")

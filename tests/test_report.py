@@ -1,7 +1,9 @@
 """The report of a made-up outputs folder: whole, alone, readable, and the same in a browser."""
 
 import base64
+import csv
 import html
+import importlib.util
 import json
 import re
 import shutil
@@ -144,6 +146,59 @@ def test_the_index_says_what_to_use_how_sure_and_how_to_make_it(out):
         assert fact in text
     assert "Differs:" not in text and "Not in this comparison" not in text
     assert str(out.parent) not in text
+
+
+@pytest.fixture
+def commands():
+    spec = importlib.util.spec_from_file_location("commands", ROOT / "report" / "commands.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_commands_for_other_images_follow_what_a_run_starts_from_and_nothing_else(commands):
+    """A file in a run's folder, and a run that is no start, are followed too, but bring no images along."""
+
+    def card(notebook: str, options: str, start: str | None = None, **params: str) -> dict:
+        return {
+            "command": f"papermill notebooks/{notebook}.ipynb out.ipynb {options}",
+            "start": start,
+            "params": params,
+        }
+
+    runs = {
+        "acdc/x": card("acdc", "-r run_name x"),
+        "dense/d": card("dense", "-r dataset digits -r run_name d"),
+        "merging/a": card("merging", "-r run_name a", "/here/outputs/dense/d", model_path="outputs/dense/d"),
+        "eap/y": card("eap", "-r like outputs/acdc/x -r run_name y", like="outputs/acdc/x"),
+        "merging/b": card("merging", "-r model_path outputs/dense/d -r schedule_path outputs/merging/a/schedule.json",
+                          "/here/outputs/dense/d", model_path="outputs/dense/d",
+                          schedule_path="outputs/merging/a/schedule.json"),
+    }  # fmt: skip
+    assert commands.on_other_images("eap/y", runs) == [
+        "papermill notebooks/acdc.ipynb out.ipynb -r dataset PICTURES -r run_name mine-x",
+        "papermill notebooks/eap.ipynb out.ipynb -r dataset PICTURES -r like outputs/acdc/mine-x -r run_name mine-y",
+    ]
+    assert commands.on_other_images("merging/b", runs)[-1] == (
+        "papermill notebooks/merging.ipynb out.ipynb -r model_path outputs/dense/mine-d "
+        "-r schedule_path outputs/merging/mine-a/schedule.json -r run_name mine-b"
+    )
+
+
+def test_an_arm_is_linked_to_no_run_that_only_has_its_name(out, tmp_path):
+    """Runs of another output folder, and models given by path, may go by the name of one that is here."""
+    place = out / "compare" / "c" / "runs.csv"
+    rows = list(csv.DictReader(place.open()))
+    elsewhere = tmp_path / "others" / "ucb_stage2" / "ucb"
+    elsewhere.mkdir(parents=True)
+    rows[1]["run"], rows[0]["method"] = str(elsewhere), "given"
+    with place.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    text = Page(build(out)).text
+    for row in rows[:2]:
+        assert f"{row['arm']} on your images" not in text
 
 
 def test_a_new_method_shows_up_by_its_metrics_alone(out):

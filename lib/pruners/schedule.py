@@ -153,8 +153,8 @@ def milliseconds(
 ) -> Callable[[ToMe], float]:
     """A cost for `choose`: milliseconds for a batch like `images` (B, 3, H, W) on this machine and device, estimated.
 
-    Thirteen schedules are timed in turns. Their times are fitted by what they consist of, with no part below 0: tokens,
-    pairs of tokens, merging blocks and a constant.
+    Up to thirteen schedules are timed in turns. Their times are fitted by what they consist of, with no part below 0:
+    tokens, pairs of tokens, merging blocks and a constant.
     """
     depth = len(vit.blocks)
     patches = make(vit, [0] * depth).patches
