@@ -26,8 +26,8 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     By the answers of the first seeds on the same test images: difference in accuracy with its 95 % interval by the
     paired bootstrap, McNemar's exact p, and p_holm, which holds for all arms at once. random: of the arms whose method
-    is random (sets, tokens, parts) and whose MACs differ at most by SAME_COST the one that was tuned alike, by its
-    name, and differs least; None where there is none.
+    is random (sets, tokens, parts) and whose MACs differ at most by SAME_COST the one most alike: by parameters, which
+    tell parts from tokens, then tuned or not, by its name, then by MACs; None where there is none.
     """
     against = baseline_arm(table, baseline)
     firsts = table.drop_duplicates("arm").set_index("arm")
@@ -37,8 +37,9 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for arm, row in firsts.iterrows():
         found = {"arm": arm, **_paired(right[arm], right[against])}
         tuned = blind.method.str.endswith("-tuned") != row.method.endswith("-tuned")
-        near = pd.DataFrame({"tuned": tuned, "apart": (blind.macs_g - row.macs_g).abs() / row.macs_g})
-        near = near[near.apart <= SAME_COST].sort_values(["tuned", "apart"])
+        parts = np.log2(blind.params_m / row.params_m).abs().round()  # half as many, or as many
+        near = pd.DataFrame({"parts": parts, "tuned": tuned, "apart": (blind.macs_g - row.macs_g).abs() / row.macs_g})
+        near = near[near.apart <= SAME_COST].sort_values(["parts", "tuned", "apart"])
         found["random"] = near.index[0] if len(near) and not row.method.startswith("random") else None
         if found["random"]:
             found |= {f"{name}_random": value for name, value in _paired(right[arm], right[found["random"]]).items()}

@@ -79,6 +79,16 @@ def test_of_random_arms_at_one_cost_the_one_tuned_alike_is_what_an_arm_has_to_be
     assert found[["random tokens 0.5", "random tokens-tuned 0.5"]].isna().all()
 
 
+def test_random_parts_are_for_what_has_as_few_parts(tmp_path):
+    parameters = {"dense": 5.5, "tome": 5.5, "random tokens-tuned": 5.5, "acdc": 2.4, "random parts": 2.8}
+    for method, millions in parameters.items():
+        path = finished(tmp_path, f"a/{method}", method, ratio=0.5) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"params_m": millions}))
+    table, _ = compare.collect(tmp_path / "*/*")
+    found = evidence.significance(table, "dense").set_index("arm").random
+    assert found["acdc 0.5"] == "random parts 0.5" and found["tome 0.5"] == "random tokens-tuned 0.5"
+
+
 def test_first_seeds_are_tested_in_pairs_against_the_baseline(answered):
     table, right = answered
     rows = evidence.significance(table, "dense").set_index("arm")
