@@ -24,7 +24,7 @@ SCORES = (
     *("confidence", "confidence_correct", "confidence_incorrect", "confidence_gap"),
     *("entropy_nats", "nll_nats", "brier", "ece"),
 )
-NEEDED = ("dataset", "n", "macs_g", "params_m")  # what a comparison reads of metrics.json besides `method` and the metric
+NEEDED = ("dataset", "n", "macs_g", "params_m")  # what metrics.json must say besides `method` and the metric
 GIVEN = "given"  # the method of models that were given by path: what made them is not known
 COSTS = {"latency": "latency_ms", "macs": "macs_g", "params": "params_m"}
 
