@@ -174,7 +174,8 @@ def _read_tensors(path: Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # copies lie aligned in memory, unlike the file: on some CPUs the last bit of an answer depends on that
+                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged or unsafe files
         # torch's own words for what is no plain state dict advise to unpickle it
