@@ -52,6 +52,11 @@ def resolve(path: str) -> str:
     return path
 
 
+def without_seed(run: str) -> str:
+    """The name of a run's folder, without the seed that it may end in."""
+    return re.sub(r"-seed\d+$", "", Path(run).name)
+
+
 def finished(pattern: str) -> list[Path]:
     """The folders of finished runs that a glob from the project's folder matches, sorted; RunError if there is none."""
     full = root() / Path(pattern).expanduser()

@@ -317,3 +317,8 @@ print(faults() - before)
         for ask in ("from lib import runs; runs.keep_memory()", "")
     ]
     assert 10 * found[0] < found[1], found
+
+
+def test_a_runs_name_without_its_seed():
+    found = [runs.without_seed(run) for run in ("outputs/acdc/digits-a0-seed12", "/x/acdc/a/", "seeds-seed1-b")]
+    assert found == ["digits-a0", "a", "seeds-seed1-b"]
