@@ -29,6 +29,7 @@ PRESETS = {
     "vit_digits_narrow": {"img_size": 48, "patch_size": 6, "embed_dim": 69, "depth": 6, "num_heads": 3},
     # For 32x32 images from scratch: 64 patches; 0.68 M parameters.
     "vit_cifar_small": {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    "vit_cifar_narrow": {"img_size": 32, "patch_size": 4, "embed_dim": 69, "depth": 6, "num_heads": 3},
     # For 64x64 images (Tiny ImageNet): 64 patches; 18,885,512 parameters with 200 classes.
     "vit_tiny_imagenet": {
         **{"img_size": 64, "patch_size": 8, "embed_dim": 576, "depth": 6, "num_heads": 6, "mlp_ratio": 8 / 3},
