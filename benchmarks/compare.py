@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import compare, params, runs
+from lib import finished, params, runs
 
 METRICS = {"dataset": "made", "n": 2000, "macs_g": 0.02, "params_m": 0.7, "f1_macro": 0.9, "nll_nats": 0.2}
 
@@ -40,7 +40,7 @@ def seconds(count: int, folder: Path) -> tuple[float, int]:
         given = {"stage1_checkpoint_path": str(starts[seed]), "frozen_keep_ratio": ratio}
         write(folder / "ucb_stage2" / f"r{place}", starts[seed], seed, said, **given)
     begin = time.perf_counter()
-    table, left_out = compare.collect(folder / "ucb_stage2" / "*")
+    table, left_out = finished.runs(folder / "ucb_stage2" / "*")
     taken = time.perf_counter() - begin
     assert len(table) == count and not left_out, "all are arms and seeds"
     return taken, table.arm.nunique()

@@ -12,8 +12,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from lib import compare, data, evaluate, models
-from lib.compare import CompareError
+from lib import data, evaluate, finished, models
+from lib.finished import CompareError
 from lib.pruners.tokens import TokenPruner
 from lib.resnet import ResNet20
 from lib.runs import Run, resolve, root, write_json
@@ -22,7 +22,7 @@ COUNTED = 256  # test images that multiply-adds are counted on where the work de
 
 
 class Arms(NamedTuple):
-    """table: what compare.collect returns, with the models given by path. models: one per arm, by its name. images: the
+    """table: what finished.runs returns, with the models given by path. models: one per arm, by its name. images: the
     dataset, normalised as all of them take it now."""
 
     table: pd.DataFrame
@@ -68,8 +68,8 @@ def collect(run: Run) -> Arms:
 
 def _finished(run: Run) -> pd.DataFrame:
     try:
-        table, left_out = compare.collect(root() / run.params["runs"], run.params["dataset"], run.params["metric"])
-    except compare.NoRuns as error:
+        table, left_out = finished.runs(root() / run.params["runs"], run.params["dataset"], run.params["metric"])
+    except finished.NoRuns as error:
         if not run.params["models"]:
             raise
         print(f"{error}; comparing the given models alone")
@@ -116,7 +116,7 @@ def _given(spec: str, images: Any) -> tuple[str, Arm]:
         raise CompareError(f"models: {path} tells {classes} classes apart: expected the {wanted} of {images.name}")
     if arm.about.get("classes", images.classes) != images.classes:
         raise CompareError(f"models: {path} was trained for other classes than those of {images.name}")
-    return (compare.name_of(path.parent) if path.name == "model.safetensors" else path.stem), arm
+    return (finished.name_of(path.parent) if path.name == "model.safetensors" else path.stem), arm
 
 
 def _classes(path: Path, vit: nn.Module) -> int:
@@ -135,13 +135,13 @@ def _as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
 
 
 def _measured(run: Run, name: str, model: nn.Module, images: Any) -> dict[str, Any]:
-    """A row of compare.collect's table for a given model: what its folder below the run holds, read as a run's."""
+    """A row of finished.runs' table for a given model: what its folder below the run holds, read as a run's."""
     model.to(evaluate.device())
     sample = None
     if isinstance(model, TokenPruner):
         sample = evaluate.batch(images, COUNTED).to(evaluate.device())
     scores, predicted = evaluate.test(model, images, count_on=sample)
-    about = {"method": compare.GIVEN, "dataset": images.name}
+    about = {"method": finished.GIVEN, "dataset": images.name}
     write_json(run.dir / "given" / name / "metrics.json", about | scores)
     run.arrays(f"given/{name}/test", logits=predicted.logits, labels=predicted.labels)
     numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}

@@ -13,7 +13,8 @@ from statsmodels.stats.multitest import multipletests
 from torch import nn
 
 from lib import arms, evaluate
-from lib.compare import baseline_arm, predictions
+from lib.compare import baseline_arm
+from lib.finished import predictions
 from lib.pruners.dropping import FirstTokens
 from lib.pruners.tokens import FixedPatches, TokenPruner
 

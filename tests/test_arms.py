@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import save_file
-from test_compare import run as finished
+from test_finished import run as make_run
 
-from lib import arms, compare, data, evaluate, models, params, runs
+from lib import arms, compare, data, evaluate, finished, models, params, runs
 from lib.pruners.baselines import ToMe
 from lib.pruners.tokens import FixedPatches
 
@@ -48,7 +48,7 @@ def take(tmp_path, tiny_h5, monkeypatch):
 
 def method_run(folder: Path, name: str, images, model: torch.nn.Module, **more) -> Path:
     """A finished run of these images with its model."""
-    made = finished(folder, name, digest=images.digest, dataset=images.name, **more)
+    made = make_run(folder, name, digest=images.digest, dataset=images.name, **more)
     about = {"data": {"dataset": more["source"]}, "normalise": "data", "classes": images.classes}
     models.save(model, made / "model", **about, mean=images.mean, std=images.std)
     logits, labels = evaluate.predict(model, images.test, mean=images.mean, std=images.std)
@@ -88,7 +88,7 @@ def test_given_models_alone_are_measured_as_they_were_trained(take, images, tmp_
 def test_given_models_join_runs(take, images, tiny_h5, tmp_path, capsys):
     dense, pruner = tiny(), FixedPatches(tiny(), [0, 5, 6])
     made = method_run(tmp_path, "dense/one", images, dense, method="dense", ratio=1.0, source=str(tiny_h5))
-    finished(tmp_path, "dense/half", done=False)
+    make_run(tmp_path, "dense/half", done=False)
     models.save(dense, tmp_path / "run" / "one" / "model", mean=images.mean, std=images.std)
     models.save(pruner.bfloat16(), tmp_path / "keep=3")
     found, run = take(tmp_path / "run" / "one", tmp_path / "keep=3.safetensors", runs="dense/*", dataset="")
@@ -140,7 +140,7 @@ def test_heads_for_other_classes_are_refused(take, tmp_path, form):
             torch.save({"model": state}, tmp_path / "five.pth")
         else:
             save_file(state, tmp_path / "five.safetensors")
-    with pytest.raises(compare.CompareError, match=r"five\.\w+ tells 5 classes apart: expected the 3 of tiny.h5"):
+    with pytest.raises(finished.CompareError, match=r"five\.\w+ tells 5 classes apart: expected the 3 of tiny.h5"):
         take(given)
     assert not (tmp_path / "compare" / "c" / "given").exists()
 
@@ -165,7 +165,7 @@ def test_what_is_no_such_model_is_refused_in_one_line(take, images, tmp_path):
         ("good.safetensors", "other/good.safetensors"): "models: two arms are named 'good'",
     }.items():
         paths = [f"{arch}{equals}{tmp_path / file}" for arch, equals, file in map(split, given)]
-        with pytest.raises(compare.CompareError, match=message) as caught:
+        with pytest.raises(finished.CompareError, match=message) as caught:
             take(*paths, run_name=f"r{len(message)}")
         assert "\n" not in str(caught.value)
 
@@ -186,9 +186,9 @@ def test_parameters_that_would_do_nothing_are_refused(take, images, tiny_h5, tmp
 
 def test_without_runs_the_dataset_has_to_be_named(take, tmp_path):
     models.save(tiny(), tmp_path / "good")
-    with pytest.raises(compare.NoRuns, match="no finished run in"):
+    with pytest.raises(finished.NoRuns, match="no finished run in"):
         take()
-    with pytest.raises(compare.CompareError, match="dataset is empty, and no run says which images"):
+    with pytest.raises(finished.CompareError, match="dataset is empty, and no run says which images"):
         take(tmp_path / "good.safetensors", dataset="", run_name="d")
 
 
@@ -204,7 +204,7 @@ def test_only_token_pruners_must_share_a_patch_grid(images):
     assert arms.patch_grid({"a": tiny(), "b": tiny(patch_size=6), "c": models.create("resnet20", 3)}) == (1, 1)
     found = arms.kept({"dense": tiny(patch_size=6), "fine": fine}, images.test.images[:3], images)
     assert {name: [ids.tolist() for ids in sets] for name, sets in found.items()} == {"fine": [[0, 5]] * 3}
-    with pytest.raises(compare.CompareError, match="different grids"):
+    with pytest.raises(finished.CompareError, match="different grids"):
         arms.patch_grid({"coarse": coarse, "fine": fine})
 
 
@@ -226,7 +226,7 @@ def test_resnets_take_part_but_not_under_other_pixel_statistics(take, images, ti
     assert {*found.models} == {"dense 1", "mine"} and arms.kept(found.models, images.test.images[:2], images) == {}
     x = evaluate.batch(found.images, 3)
     torch.testing.assert_close(found.models["mine"](x), found.models["dense 1"](x))
-    with pytest.raises(compare.CompareError, match="five.pth tells 5 classes apart: expected the 3"):
+    with pytest.raises(finished.CompareError, match="five.pth tells 5 classes apart: expected the 3"):
         take(f"resnet20={tmp_path}/five.pth", run_name="five")
-    with pytest.raises(compare.CompareError, match="a ResNet pads with zeros"):
+    with pytest.raises(finished.CompareError, match="a ResNet pads with zeros"):
         arms.renormalise(model, images.normalised("imagenet"), images.normalised("half"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import TINY
 from scipy import stats
-from test_compare import run as finished
+from test_finished import run as make_run
 
-from lib import compare, evaluate, evidence, models
+from lib import compare, evaluate, evidence, finished, models
 from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
 from lib.pruners.baselines import EViT, RandomDrop, ToMe, TopK
@@ -45,7 +45,7 @@ ANSWERED = {  # method: (GMACs, share of 200 answers that are right)
 
 def answers(folder: Path, name: str, method: str, right: np.ndarray, **more) -> None:
     """A finished run that gives the right answer where `right` is true."""
-    made = finished(folder, f"a/{name}", method, ratio=ANSWERED[method][0], **more)
+    made = make_run(folder, f"a/{name}", method, ratio=ANSWERED[method][0], **more)
     np.savez(made / "test.npz", logits=np.eye(2)[np.where(right, 0, 1)], labels=np.zeros(len(right), dtype=int))
 
 
@@ -58,7 +58,7 @@ def answered(tmp_path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     for method, each in right.items():
         answers(tmp_path, method.replace(" ", "_"), method, each)
     answers(tmp_path, "ucb_again", "ucb", ~right["ucb"], seed=1)
-    table, _ = compare.collect(tmp_path / "*/*")
+    table, _ = finished.runs(tmp_path / "*/*")
     return table, {f"{method} {ANSWERED[method][0]:g}": each for method, each in right.items()}
 
 
@@ -71,8 +71,8 @@ def direct(ours: np.ndarray, theirs: np.ndarray) -> float:
 def test_of_random_arms_at_one_cost_the_one_tuned_alike_is_what_an_arm_has_to_beat(tmp_path):
     for method in ("dense", "random tokens", "random tokens-tuned", "topk", "topk-tuned"):
         for seed in (0, 1):
-            finished(tmp_path, f"a/{method}{seed}", method, ratio=0.5, seed=seed)
-    table, _ = compare.collect(tmp_path / "*/*")
+            make_run(tmp_path, f"a/{method}{seed}", method, ratio=0.5, seed=seed)
+    table, _ = finished.runs(tmp_path / "*/*")
     found = evidence.significance(table, "dense").set_index("arm").random
     assert found["topk 0.5"] == found["dense 0.5"] == "random tokens 0.5"
     assert found["topk-tuned 0.5"] == "random tokens-tuned 0.5"
@@ -82,9 +82,9 @@ def test_of_random_arms_at_one_cost_the_one_tuned_alike_is_what_an_arm_has_to_be
 def test_random_parts_are_for_what_has_as_few_parts(tmp_path):
     parameters = {"dense": 5.5, "tome": 5.5, "random tokens-tuned": 5.5, "acdc": 2.4, "random parts": 2.8}
     for method, millions in parameters.items():
-        path = finished(tmp_path, f"a/{method}", method, ratio=0.5) / "metrics.json"
+        path = make_run(tmp_path, f"a/{method}", method, ratio=0.5) / "metrics.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"params_m": millions}))
-    table, _ = compare.collect(tmp_path / "*/*")
+    table, _ = finished.runs(tmp_path / "*/*")
     found = evidence.significance(table, "dense").set_index("arm").random
     assert found["acdc 0.5"] == "random parts 0.5" and found["tome 0.5"] == "random tokens-tuned 0.5"
 
@@ -201,7 +201,7 @@ def test_calibration_is_fitted_on_validation_and_measured_on_test(calibrating):
         seen = evaluate.predict(shown[arm], images.val, mean=images.mean, std=images.std)
         assert row.temperature == evaluate.temperature(seen.logits, seen.labels)
         run = table.run[table.arm == arm].iloc[0]
-        said, (logits, labels) = compare.read(run, "metrics"), map(torch.from_numpy, compare.predictions(run))
+        said, (logits, labels) = finished.read(run, "metrics"), map(torch.from_numpy, finished.predictions(run))
         assert [row.ece, row.nll_nats] == [said["ece"], said["nll_nats"]]
         scaled = evaluate.classification(logits / row.temperature, labels)
         assert [row.ece_scaled, row.nll_nats_scaled] == [scaled["ece"], scaled["nll_nats"]]
@@ -212,7 +212,7 @@ def test_temperatures_do_not_know_the_test_images(calibrating):
     table, shown, images = calibrating
     before = evidence.calibration(table, shown, images)
     for run in table.run:
-        logits, labels = compare.predictions(run)
+        logits, labels = finished.predictions(run)
         np.savez(Path(run) / "test.npz", logits=logits, labels=(labels + 1) % 3)
     test = replace(images.test, images=255 - images.test.images, labels=(images.test.labels + 1) % 3)
     after = evidence.calibration(table, shown, replace(images, test=test))
