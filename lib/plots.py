@@ -314,7 +314,7 @@ def overlaps(table: pd.DataFrame) -> Figure:
 
 
 def varied(table: pd.DataFrame, split: str) -> Figure:
-    """Accuracy against cost with one setting varied at a time: the rows of training_free.vary, dense first."""
+    """Accuracy against cost with one setting varied at a time: the rows of scans.vary, dense first."""
     dense, rows = table.iloc[0], table.iloc[1:]
     settings = list(rows.setting.unique())
     figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, layout="constrained")
