@@ -51,8 +51,17 @@ RGB_TO_YIQ = torch.tensor(
 
 def step_generator(seed: int, epoch: int, step: int) -> Generator:
     """A CPU generator that depends on (seed, epoch, step) alone; negative numbers raise ValueError."""
-    state = np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    return torch.Generator().manual_seed(_words(seed, epoch, step)[0])
+
+
+def model_seed(seed: int, epoch: int, step: int) -> int:
+    """The seed of what a model draws in this step (dropout, stochastic depth), below 2⁶³: another than
+    step_generator's, whose first numbers decide what is flipped and turned."""
+    return _words(seed, epoch, step)[1] // 2
+
+
+def _words(seed: int, epoch: int, step: int) -> list[int]:
+    return np.random.SeedSequence([seed, epoch, step]).generate_state(2, np.uint64).tolist()
 
 
 @dataclass

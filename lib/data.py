@@ -102,6 +102,8 @@ def load(
     root = Path(root)
     name, path = _locate(dataset, root, img_size)
     labels_csv = Path(labels_csv) if labels_csv else None
+    if labels_csv and path is None:
+        raise DataError(f"labels_csv is {labels_csv}, but dataset {name} brings its own labels: leave it out")
 
     def read() -> Source:
         source = _digits(seed) if path is None else formats.read(path, labels_csv)
@@ -297,7 +299,8 @@ def _batches(images: np.ndarray | LazyImages, img_size: int | None, size: tuple[
             for row, image in zip(rows, batch, strict=True):
                 if image.shape[:2] != size:
                     found, first = (f"{width} × {height} px" for height, width in (image.shape[:2], size))
-                    raise DataError(f"{images.where(row)}: {found}, expected {first} as the first image: pass img_size")
+                    where = images.where(row) if hasattr(images, "where") else f"image {row}"
+                    raise DataError(f"{where}: {found}, expected {first} as the first image: pass img_size")
         batch = np.asarray(batch)
         yield np.ascontiguousarray(batch if batch.ndim == 4 else np.repeat(batch[..., None], 3, axis=3))
 
@@ -314,6 +317,7 @@ def _mean_std(brightness: np.ndarray) -> np.ndarray:
 def _open(cache: Path, name: str, read: Callable[[], Source], on_disk: bool) -> Dataset:
     with h5py.File(cache, "r") as file:
         mean, std = (tuple(float(x) for x in row) for row in file.attrs["statistics"])
+        std = tuple(value or 1.0 for value in std)  # a channel that never varies becomes 0, not 0 / 0
         classes, class_ids = json.loads(file.attrs["classes"]), json.loads(file.attrs["class_ids"])
         digest, copied = file.attrs["digest"], file.attrs["copied"]
         parts = {} if copied else read().parts

@@ -121,13 +121,20 @@ def known(name: str, root: Path, img_size: int | None = None) -> Path:
         return _unpacked("tiny-imagenet-200", root)
     best = "imagenette2-320" if (img_size or 0) > 160 else "imagenette2-160"
     here = [folder for folder in sorted(root.glob("imagenette*")) if (folder / "train").is_dir()]
+    if best != "imagenette2-160":  # its images would be enlarged
+        here = [folder for folder in here if folder.name != "imagenette2-160"]
     return next((folder for folder in here if folder.name == best), here[0] if here else _unpacked(best, root))
 
 
 def _unpacked(archive: str, root: Path) -> Path:
     folder = root / archive
     if not folder.is_dir():
-        extract(download(ARCHIVES[archive], root / ARCHIVES[archive].name), folder)
+        file = download(ARCHIVES[archive], root / ARCHIVES[archive].name)
+        try:
+            extract(file, folder)
+        except DataError:
+            if not folder.is_dir():  # else another process has unpacked it meanwhile
+                raise
     return folder
 
 

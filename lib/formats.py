@@ -235,6 +235,9 @@ def _records(blocks: list[bytes], head: int, classes: int, path: Path) -> Split:
 def folders(path: Path) -> Source:
     """One folder per class, under train/ (and val/, test/) or directly under `path`; labels in order of folder name."""
     found = {name: path / f for name, given in FOLDERS.items() for f in given if (path / f).is_dir()}
+    if found and "train" not in found and any(each.is_dir() for folder in found.values() for each in folder.iterdir()):
+        names = " and ".join(f"{folder.name}/" for folder in found.values())
+        raise DataError(f"{path}: {names} without train/, expected train/ beside it, or one folder per class")
     named = found if "train" in found else {"all": path}
     ids = sorted(d.name for d in named.get("train", path).iterdir() if d.is_dir() and not d.name.startswith("."))
     if not ids:

@@ -134,6 +134,10 @@ class H5Images(LazyImages):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
 
+    def where(self, index: int) -> str:
+        file = int(np.searchsorted(self.ends, self.rows[index], side="right"))
+        return f"{self.paths[file]}[{self.key!r}][{self.rows[index] - (self.ends[file - 1] if file else 0)}]"
+
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 

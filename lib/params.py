@@ -33,6 +33,12 @@ class Parameter:
     default: Any
     help: str
 
+    @property
+    def choices(self) -> list[str]:
+        """The values that its help lists; [] where it takes any."""
+        found = CHOICES.search(self.help)
+        return [name.strip() for name in found.group(1).split(",")] if found else []
+
     def read(self, value: Any) -> Any:
         """value as this parameter's type, or ParameterError. Text from a command line is read where it is exact."""
         converted = _convert(value, self.type)
@@ -43,7 +49,7 @@ class Parameter:
         return converted
 
     def _check_values(self, value: Any) -> None:
-        interval, choices = INTERVAL.search(self.help), CHOICES.search(self.help)
+        interval, names = INTERVAL.search(self.help), self.choices
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and not value and "may be empty" not in self.help:
             raise ParameterError(f"{self.name} is an empty list: expected at least one value")
@@ -56,12 +62,10 @@ class Parameter:
                 below = item <= float(high) if right == "]" else item < float(high)
                 if not (above and below):
                     raise ParameterError(f"{self.name} is {item}: expected a value {interval.group().strip()}")
-            if choices:
-                names = [name.strip() for name in choices.group(1).split(",")]
-                if str(item) not in names:
-                    near = difflib.get_close_matches(str(item), names, n=1)
-                    hint = f", did you mean {near[0]}?" if near else ""
-                    raise ParameterError(f"{self.name} is {item!r}: expected one of {', '.join(names)}{hint}")
+            if names and str(item) not in names:
+                near = difflib.get_close_matches(str(item), names, n=1)
+                hint = f", did you mean {near[0]}?" if near else ""
+                raise ParameterError(f"{self.name} is {item!r}: expected one of {', '.join(names)}{hint}")
 
 
 def _convert(value: Any, kind: type) -> Any:

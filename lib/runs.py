@@ -171,7 +171,7 @@ class Run(Part):
     def __init__(self, notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]):
         super().__init__(notebook, folder(notebook, declaration, values))
         self.params, self.defaults = values, {name: parameter.default for name, parameter in declaration.items()}
-        self.began = time.time()
+        self.began, self.resumed = time.time(), False
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -180,6 +180,7 @@ class Run(Part):
         for leftover in self.dir.rglob(".*.tmp*"):
             leftover.unlink()
         self._same_parameters()
+        self.resumed = self.done or self.begun
         if not values.get("resume", True):
             for old in (self.dir / "DONE", *self.dir.glob("last/*")):
                 old.unlink(missing_ok=True)
@@ -265,7 +266,7 @@ class Run(Part):
         seconds = round(time.time() - self.began, 1)
         write_json(
             self.dir / "provenance.json",
-            {"command": self.command, "wall_s": seconds, **facts, **provenance()},
+            {"command": self.command, "wall_s": seconds, "resumed": self.resumed, **facts, **provenance()},
         )
         write(self.dir / "DONE", lambda temporary: temporary.write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n")))
         self.close()
@@ -310,10 +311,12 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     """The finished run of a notebook with the wanted parameters, the others at their defaults: found, else made now."""
     source = root() / "notebooks" / f"{notebook}.ipynb"
     declaration = parameters.declared_in(source)
-    wanted = {name: portable(value) for name, value in wanted.items()} | {"output_dir": output_dir}
+    wanted = _made_by(wanted, declaration) | {"output_dir": output_dir}
     values = parameters.check(declaration, wanted)
     for mark in sorted((root() / output_dir / notebook).glob("*/DONE")):
-        if _made_by(json.loads((mark.parent / "params.json").read_text())) == _made_by(values):
+        if _made_by(json.loads((mark.parent / "params.json").read_text()), declaration) == _made_by(
+            values, declaration
+        ):
             print(f"{notebook}: using {mark.parent}", flush=True)
             return mark.parent
     target = folder(notebook, declaration, values)
@@ -331,5 +334,8 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     return target
 
 
-def _made_by(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: portable(value) for name, value in identity(values).items()}
+def _made_by(values: dict[str, Any], declaration: dict[str, parameters.Parameter]) -> dict[str, Any]:
+    """What decides how a run is made, from wherever it is read: one of several choices is no path, though a folder
+    beside the notebook may have its name."""
+    words = {name for name, parameter in declaration.items() if parameter.choices}
+    return {name: value if name in words else portable(value) for name, value in identity(values).items()}

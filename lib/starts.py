@@ -45,17 +45,22 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
     return Start(path, models.load(path), load(about), about)
 
 
-def initial(run: runs.Run, weights: str) -> Start:
+def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
     """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say."""
     params = {making: run.params[making] for making in MAKING if making in run.params}
     weights = runs.resolve(weights)
     size = params["img_size"] or None
     about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
     images = load(about)
-    vit = models.create(params["arch"], len(images.classes), size, weights)
+    vit = models.create(params["arch"], len(images.classes), size, weights, **timm_kwargs)
     models.match(vit, evaluate.image_shape(images))
-    about |= {"classes": images.classes, "mean": images.mean, "std": images.std}
-    return Start(weights if Path(weights).is_dir() else "", vit, images, about)
+    about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
+    if not weights or not Path(weights).is_dir():
+        return Start("", vit, images, about)
+    before = models.header(weights)["metadata"]
+    if before.get("data") == about["data"]:
+        _unchanged(before, images)
+    return Start(weights, vit, images, about)
 
 
 def published(run: runs.Run, weights: str) -> Start:
@@ -81,8 +86,18 @@ def published(run: runs.Run, weights: str) -> Start:
 
 
 def load(about: dict[str, Any]) -> Any:
-    """The data that a model's metadata names, as the model was fed it."""
-    return data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
+    """The data that a model's metadata names, as the model was fed it; DataError where other images are there now."""
+    images = data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
+    _unchanged(about, images)
+    return images
+
+
+def _unchanged(about: dict[str, Any], images: Any) -> None:
+    """DataError where a model was trained on other images than these: split anew, some would be tested on that it
+    learnt from."""
+    if about.get("digest", images.digest) != images.digest:
+        raise data.DataError(f"dataset {images.name} holds other images than when this model was trained: put them "
+                             "back, or train it anew (dense.ipynb, resume: False)")  # fmt: skip
 
 
 def _source(params: dict[str, Any]) -> dict[str, str | None]:

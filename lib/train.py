@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib import evaluate, losses, processes, runs
-from lib.augment import Augment, Share, mix, normalise, places, step_generator
+from lib.augment import Augment, Share, mix, model_seed, normalise, places, step_generator
 from lib.resume import States, defer_signals, interactive
 
 
@@ -101,7 +101,8 @@ def fit(
     they go on from one another's states.
 
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
-    stop being finite (the last good state stays). Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
+    stop being finite (the last good state stays), RunError where run holds a training on other images. Ctrl-C and
+    SIGTERM save first; SIGTERM then exits with 143.
     """
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
@@ -128,7 +129,7 @@ def fit(
 
 def _shared(model: nn.Module, data: Any, recipe: Recipe, run: runs.Part, hooks: dict[str, Any]) -> list[dict]:
     """fit, by several processes: they train a copy, whose weights and buffers this model then has."""
-    seen = {name: getattr(data, name) for name in ("name", "train", "val", "classes", "mean", "std")}
+    seen = {name: getattr(data, name) for name in ("name", "train", "val", "classes", "mean", "std", "digest")}
     job = {"model": model.cpu(), "data": SimpleNamespace(**seen), "recipe": recipe, **hooks}
     found = processes.launch(job | {"run": runs.Part(run.notebook, run.dir)}, recipe.num_processes, run.dir)
     if "stopped" in found:
@@ -177,7 +178,9 @@ class _Fitting:
         self.model, self.data, self.recipe, self.run, self.loss = model, data, recipe, run, loss
         self.on_gradient, self.on_step, self.watch = hooks
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=evaluate.device().type == "cpu"
+        )  # no mps: it lacks float64
         world = self.accelerator.num_processes
         self.size = min(recipe.batch_size, len(data.train.labels))
         if self.size % world:
@@ -195,6 +198,7 @@ class _Fitting:
             self.ema = ModelEmaV3(model, decay=recipe.ema_decay, exclude_buffers=True)
         self.trained, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
+        self.digest = data.digest
         self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
         self._restore()
         self.bar = tqdm(
@@ -227,7 +231,7 @@ class _Fitting:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(step, self.per_epoch) * group.get("lr_scale", 1.0)
         draw = step_generator(recipe.seed, self.epoch, batch)
-        torch.manual_seed(draw.initial_seed() + accelerator.process_index)  # what dropout draws from
+        torch.manual_seed(model_seed(recipe.seed, self.epoch, batch) + accelerator.process_index)
         draw = Share(draw, self.size, self.places)
         images, targets = self._prepare(images.to(accelerator.device), targets.to(accelerator.device), draw)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -309,13 +313,17 @@ class _Fitting:
         self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        progress = {name: getattr(self, name) for name in ("epoch", "batch", "sums", "history", "best")}
+        progress = {name: getattr(self, name) for name in ("epoch", "batch", "sums", "history", "best", "digest")}
         modules = {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema} if self.ema else {})
         self.states.write(progress, {name: module.state_dict() for name, module in modules.items()})
 
     def _restore(self) -> None:
         if (state := self.states.newest(self.accelerator.device)) is None:
             return
+        # split anew, images that this model has learnt from would be among those it is tested on
+        if state["progress"].get("digest", self.digest) != self.digest:
+            raise runs.RunError(f"{self.run.dir} holds a training on other images of {self.data.name}: choose another "
+                                "run_name, or start anew (resume: False)")  # fmt: skip
         self.model.load_state_dict(state["modules"]["model"])
         self.optimizer.load_state_dict(state["modules"]["optimizer"])
         if self.ema:

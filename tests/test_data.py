@@ -556,6 +556,35 @@ def test_folder_faults(tmp_path):
     assert load(mixed, root=tmp_path / "root", img_size=6).test.images.shape[1:] == (6, 6, 3)
 
 
+def test_splits_without_train_are_no_classes(tmp_path):
+    for names in (("val",), ("val", "test")):
+        lone = tmp_path / "-".join(names)
+        for name in names:
+            tree(lone / name)
+        fails(tmp_path, lone, lone, *(f"{name}/" for name in names), "without train/")
+    classes = tree(tmp_path / "d", ("cat", "test"))  # a class may have such a name
+    assert load(classes, root=tmp_path).classes == ["cat", "test"]
+
+
+def test_images_of_other_sizes_in_an_hdf5_file_are_named(tmp_path):
+    path = tmp_path / "sizes.h5"
+    labels = np.arange(4) % 2
+    h5(path, train_images=pictures(4, 8, 8), train_labels=labels, test_images=pictures(4, 9, 7), test_labels=labels)
+    fails(tmp_path, path, f"{path}['test_images'][0]", "7 × 9", "8 × 8", "pass img_size")
+
+
+def test_a_channel_that_never_varies_stays_finite(tmp_path):
+    images = pictures(8, 8, 8)
+    images[..., 2] = 7
+    h5(tmp_path / "two.h5", train_images=images, train_labels=np.arange(8) % 2)
+    dataset = load(tmp_path / "two.h5", root=tmp_path)
+    assert dataset.std[2] == 1 and dataset.mean[2] == pytest.approx(7 / 255) and all(value > 0 for value in dataset.std)
+
+
+def test_labels_for_what_brings_its_own_are_refused(tmp_path):
+    fails(tmp_path, "digits", "labels_csv is", "digits", "leave it out", labels_csv=tmp_path / "labels.csv")
+
+
 @pytest.mark.parametrize("dataset, near", [("cifar-10", "cifar10"), ("Digit", "digits"), ("imagenete", "imagenette")])
 def test_a_typo_gets_a_suggestion(tmp_path, dataset, near):
     fails(tmp_path, dataset, repr(dataset), f"did you mean {near!r}?")

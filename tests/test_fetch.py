@@ -176,6 +176,30 @@ def test_imagenette_in_the_size_that_is_needed(tmp_path):
     assert fetch.known("imagenette", tmp_path, 224).name == "imagenette2-320"
 
 
+def test_small_imagenette_is_not_enlarged_where_the_large_one_is_wanted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetch, "_unpacked", lambda archive, root: asked.append(archive) or root / archive)
+    (tmp_path / "imagenette2-160" / "train").mkdir(parents=True)
+    fetch.known("imagenette", tmp_path, 224)
+    assert asked == ["imagenette2-320"]
+    (tmp_path / "imagenette" / "train").mkdir(parents=True)  # put there by hand
+    assert fetch.known("imagenette", tmp_path, 224).name == "imagenette" and asked == ["imagenette2-320"]
+
+
+def test_two_processes_may_unpack_the_same_archive(tmp_path, monkeypatch):
+    archive = make_zip(tmp_path / "tiny-imagenet-200.zip", [("tiny-imagenet-200/wnids.txt", b"n1\n")])
+    monkeypatch.setitem(fetch.ARCHIVES, "tiny-imagenet-200", remote(archive))
+    extract = fetch.extract
+
+    def outrun(file, folder):
+        extract(file, folder)  # the other process, just before
+        extract(file, folder)
+
+    monkeypatch.setattr(fetch, "extract", outrun)
+    folder = fetch.known("tiny-imagenet", tmp_path / "root")
+    assert (folder / "wnids.txt").read_text() == "n1\n" and [*folder.parent.glob(".*.part")] == []
+
+
 def test_fashion_mnist_is_taken_from_the_folder_that_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "DEBIAN_FASHION", tmp_path / "debian")
     for folder in ("root/fashion-mnist", "debian"):

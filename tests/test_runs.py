@@ -273,6 +273,23 @@ def test_ensure_makes_a_run_once(project, capsys):
     assert runs.ensure("toy", seed=3).name == "mine"
 
 
+def test_one_of_several_choices_is_no_path(project, monkeypatch):
+    """Jupyter works in notebooks/, where a folder may have the name of a choice."""
+    choice = 'way: str = "data"  # one of data, half\n'
+    write_notebook(project / "notebooks" / "toy.ipynb", choice + DECLARED, CODE)
+    made = runs.ensure("toy", way="data")
+    (project / "notebooks" / "data").mkdir()
+    monkeypatch.chdir(project / "notebooks")
+    assert runs.ensure("toy", way="data") == made == runs.ensure("toy")
+
+
+def test_time_since_a_run_was_resumed_is_not_called_all_of_it(tmp_path):
+    for resumed in (False, True):
+        run = tiny_run(tmp_path)
+        run.finish({})
+        assert json.loads((run.dir / "provenance.json").read_text())["resumed"] == resumed
+
+
 def test_ensure_passes_a_failure_on_and_keeps_the_notebook(project):
     with pytest.raises(RunError, match=r"toy failed \(.*is refused\): see .*notebook.ipynb") as caught:
         runs.ensure("toy", seed=9)

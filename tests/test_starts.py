@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 from lib import models, params, runs, starts
+from lib.images import DataError
 from lib.models import ModelError
 from lib.params import ParameterError
 
@@ -179,3 +180,29 @@ def test_what_is_neither_is_one_line(dense, tmp_path):
         dense(tmp_path / "cut.safetensors", dataset="digits")
     with pytest.raises(ModelError, match="nowhere.pth not found: expected a file written by lib.models.save"):
         dense("nowhere.pth", dataset="digits")
+
+
+def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_path):
+    """Split anew, some that it has learnt from would be test images."""
+    folder = pictures(tmp_path / "own", ["cat", "dog"])
+    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
+
+    def initial(weights, name):
+        values = {"dataset": folder, "output_dir": "out", "run_name": name}
+        run = runs.Run("dense", declaration, params.check(declaration, values))
+        try:
+            return starts.initial(run, str(weights))
+        finally:
+            run.close()
+
+    start = initial("", "one")
+    models.save(start.vit, tmp_path / "run" / "model", **start.about)
+    assert initial(tmp_path / "run", "two").path == str(tmp_path / "run")
+    assert dense(tmp_path / "run", dataset="digits").images.digest == start.images.digest
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "own" / "cat" / "more.png")
+    changed = "dataset own holds other images than when this model was trained"
+    for begin in (lambda: dense(tmp_path / "run", dataset="digits"), lambda: initial(tmp_path / "run", "three")):
+        with pytest.raises(DataError, match=changed) as caught:
+            begin()
+        assert "\n" not in str(caught.value)
+    assert initial("", "four").path == "", "from scratch they are any images"

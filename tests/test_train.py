@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import DROPOUT, TINY
 
-from lib import evaluate, losses, models
-from lib.augment import normalise
+from lib import evaluate, losses, models, runs
+from lib.augment import model_seed, normalise, step_generator
 from lib.pruners.ucb import UCB
 from lib.resume import States
 from lib.train import Recipe, fit
@@ -355,3 +355,27 @@ def test_a_finished_training_returns_at_once_with_the_same(make_run, tiny, vit, 
     again = fit(begun, tiny, recipe, run=make_run(), on_step=lambda *_: pytest.fail("trained again"))
     assert again == history and same(begun.state_dict(), vit.state_dict())
     assert (make_run().dir / "metrics.jsonl").read_text() == rows
+
+
+def test_a_training_does_not_go_on_with_other_images(make_run, tiny, vit):
+    fit(vit, tiny, RECIPE, run=make_run())
+    other = replace(tiny, train=tiny.test, test=tiny.train, digest="0" * 64)  # as a folder with new images would split
+    with pytest.raises(runs.RunError, match=r"run holds a training on other images of tiny.*start anew") as caught:
+        fit(vit, other, RECIPE, run=make_run())
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_draws_is_independent_of_how_its_images_are_augmented(make_run, tiny, vit):
+    """Of two generators seeded alike the k-th numbers are the same: dropped would be what is flipped."""
+    drawn = []
+
+    def loss(model, images, targets):
+        drawn.append(torch.rand(64).tolist())
+        return losses.task(model, images, targets)
+
+    fit(vit, tiny, replace(RECIPE, seed=3), run=make_run(), loss=loss)
+    assert len({tuple(each) for each in drawn}) == len(drawn) == 9, "every step draws anew"
+    for step, each in enumerate(drawn):
+        draw = step_generator(3, step // 3, step % 3)
+        assert not {*each} & {*torch.rand(64, generator=draw).tolist()}
+        assert each == torch.rand(64, generator=torch.manual_seed(model_seed(3, step // 3, step % 3))).tolist()
