@@ -28,6 +28,7 @@ rule all:
 rule notebook:
     input:
         sources=lambda wildcards: sweeps.sources(wildcards.notebook),
+        files=lambda wildcards: PLANNED(wildcards).files,
         upstream=lambda wildcards: [f"{OUTPUT}/{run}/DONE" for run in PLANNED(wildcards).upstream],
     output:
         f"{OUTPUT}/{{notebook}}/{{run}}/DONE",
@@ -43,7 +44,7 @@ rule notebook:
         values=lambda wildcards: json.dumps(PLANNED(wildcards).parameters),
     shell:
         "python -m lib.sweeps {wildcards.notebook} {OUTPUT}/{wildcards.notebook}/{wildcards.run} {params.values:q}"
-        " {threads} {resources.gpu}"
+        " {threads} {resources.gpu} {input.upstream:q}"
 
 
 rule report:

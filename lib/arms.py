@@ -14,6 +14,7 @@ from torch import nn
 
 from lib import data, evaluate, finished, models
 from lib.finished import CompareError
+from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import TokenPruner
 from lib.resnet import ResNet20
 from lib.runs import Run, resolve, root, write_json
@@ -107,7 +108,8 @@ def _given(spec: str, images: Any) -> tuple[str, Arm]:
         else:
             arm = Arm(models.load(path).float(), _about(path))  # whatever it was saved in: all are timed in fp32
         vit = getattr(arm.model, "vit", arm.model)
-        models.match(vit, evaluate.image_shape(images))
+        if not isinstance(arm.model, Shrunk):  # takes images of any size
+            models.match(vit, evaluate.image_shape(images))
     except models.ModelError as error:
         hint = "" if bare else " (a run, a saved model, or arch=file for a state dict)"
         raise CompareError(f"models: {error}{hint}") from error

@@ -100,7 +100,8 @@ def closed_form_macs(
     last = lambda mlp: getattr(mlp, "fc2", getattr(mlp, "c_proj", None))  # noqa: E731  (timm's name, and open_clip's)
     sublayers = [(getattr(block.attn, "proj", None), last(block.mlp)) for block in vit.blocks]
     for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
-        if hasattr(block.mlp, "fc1") and block.mlp.fc1.out_features != fc2.in_features:
+        # timm's GluMlp makes both halves in fc1, its SwiGLU the gate in fc1_g
+        if hasattr(block.mlp, "fc1_g") or getattr(block.mlp, "fc1", fc2).out_features != fc2.in_features:
             raise NotCovered(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(

@@ -6,6 +6,7 @@ be mixed up, with a readable copy of it in the .json beside. Nothing is ever unp
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import json
 import pickle
@@ -274,6 +275,15 @@ def header(path: str | Path) -> dict:
     if content["format"] != FORMAT:
         raise ModelError(f"{path} has format {content['format']}: this version reads {FORMAT}")
     return content
+
+
+def sha1(model: nn.Module) -> str:
+    """A digest of the names and values of everything in a model's state."""
+    found = hashlib.sha1()
+    for name, tensor in model.state_dict().items():
+        # bytes: numpy has no bfloat16
+        found.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def origin(path: str | Path, pruner: str | None = None) -> dict:

@@ -67,13 +67,14 @@ def vary(start: Start, rules: Mapping[str, Any], shares: Sequence[float]) -> pd.
     Columns setting and value say what was varied; `rules` hold the others. On the validation images, or, where there
     are none, on the test images: then it is for looking, not for choosing.
     """
-    patches, depth = TokenPruner(start.vit).patches, len(start.vit.blocks)
+    patches, blocks = TokenPruner(start.vit).patches, start.vit.blocks
+    depth = len(blocks)
     given = [value if value >= 1 else value * patches for value in (rules["k_anchors"], rules["top_m"])]
     mix = given[0] / sum(given)
     values = {
         "alpha": [0.0, 0.25, 0.5, 0.75, 1.0],
         "anchors among kept": sorted({0.1, 0.25, 0.5, 0.75, 0.95}),
-        "start_block": sorted({1, *(depth * i // 4 for i in (1, 2, 3))} - {0}),
+        "start_block": [i for i in sorted({1, *(depth * i // 4 for i in (1, 2, 3))} - {0}) if blocks[i].attn.num_heads],
         "normalise_scores": ["minmax", "none"],
     }
 

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from filelock import FileLock, Timeout
 from lib import params
 
 KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
+STATES = ("last", "parts")  # where a run keeps what it goes on from
 TOP = {"name": str, "stages": list, "output_dir": str, "threads": int, "resources": dict}
 
 
@@ -44,12 +46,14 @@ class SweepError(ValueError):
 
 @dataclass
 class Planned:
-    """One run of a sweep: what its notebook is given, which of it varies, which runs it needs, what it may use."""
+    """One run of a sweep: what its notebook is given, which of it varies, which runs and files it needs, what it may
+    use."""
 
     stage: str  # notebook/name
     parameters: dict[str, Any]
     varied: dict[str, Any]
     upstream: list[str]
+    files: list[str]
     threads: int
     resources: dict[str, Any]
 
@@ -94,8 +98,15 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
                 raise SweepError(f"{notebook} in this sweep: {error}") from None
             resources = {**(config.get("resources") or {}), **(stage.get("resources") or {})}
             threads = stage.get("threads") or config.get("threads") or 1
-            found[run] = Planned(f"{notebook}/{label}", values, varied, upstream, threads, resources)
+            files = _files({name: one.default for name, one in declared.items()} | values, output)
+            found[run] = Planned(f"{notebook}/{label}", values, varied, upstream, files, threads, resources)
     return found
+
+
+def _files(values: dict[str, Any], output: str) -> list[str]:
+    """Files that parameters name, as weights or a dataset, besides what the sweep makes: what a change of reruns it."""
+    named = [value for value in values.values() if isinstance(value, str) and os.path.isfile(value)]
+    return sorted({value for value in named if not Path(value).resolve().is_relative_to(Path(output).resolve())})
 
 
 def _known(given: dict[str, Any], keys: dict[str, type], where: str) -> None:
@@ -166,17 +177,22 @@ def _imports(source: str) -> list[str]:
 # ---- one run ------------------------------------------------------------------------------------------------------
 
 
-def run(notebook: str, folder: Path, values: dict[str, Any], threads: int, gpus: int = 0) -> int:
+def run(
+    notebook: str, folder: Path, values: dict[str, Any], threads: int, gpus: int = 0, upstream: Sequence[Path] = ()
+) -> int:
     """papermill's exit code, after it ran a notebook with its executed copy, log and results in `folder`.
 
     A run that was finished once is here because its notebook, lib/ or parameters changed: it starts anew. One that was
-    stopped goes on from its last state. Threads of torch are `threads`; a run that wants GPUs waits for as many.
+    stopped goes on from its last state, unless what it starts from (upstream: files) was made again since. Threads of
+    torch are `threads`; a run that wants GPUs waits for as many.
     """
     began, name = time.monotonic(), f"{notebook}/{folder.name}"
-    if (folder / "provenance.json").exists():
-        for old in ("last", "parts"):
+    states = [file.stat().st_mtime for old in STATES for file in (folder / old).rglob("*") if file.is_file()]
+    outdated = max((Path(file).stat().st_mtime for file in upstream), default=0.0) > max(states, default=math.inf)
+    if outdated or (folder / "provenance.json").exists():
+        for old in STATES:
             shutil.rmtree(folder / old, ignore_errors=True)
-        (folder / "provenance.json").unlink()
+        (folder / "provenance.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(folder / "notebook.ipynb")]
     command += ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
@@ -243,8 +259,8 @@ def gpus_here() -> list[str]:
 
 
 if __name__ == "__main__":
-    notebook, folder, values, threads, gpus = sys.argv[1:]
+    notebook, folder, values, threads, gpus, *upstream = sys.argv[1:]
     try:
-        sys.exit(run(notebook, Path(folder), json.loads(values), int(threads), int(gpus)))
+        sys.exit(run(notebook, Path(folder), json.loads(values), int(threads), int(gpus), [*map(Path, upstream)]))
     except SweepError as error:
         sys.exit(str(error))

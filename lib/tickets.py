@@ -13,7 +13,6 @@ T is `pruning_times`: state 0 trains the whole model, and each of the T prunings
 """
 
 import copy
-import hashlib
 import json
 import shutil
 import warnings
@@ -287,7 +286,7 @@ class _Tickets:
 
     def untouched(self) -> str:
         """The digest of the initial weights; RunError where it is not that of the search's start."""
-        file, digest = self.run.dir / "parts" / "initial.json", _digest(self.initial)
+        file, digest = self.run.dir / "parts" / "initial.json", models.sha1(self.initial)
         if not file.exists():
             runs.write_json(file, {"sha1": digest})
         if json.loads(file.read_text())["sha1"] != digest:
@@ -325,13 +324,6 @@ def _zero(vit: nn.Module, mask: dict[str, Tensor]) -> None:
         if name in mask:
             mask[name] = mask[name].to(parameter.device)  # moves once
             parameter.mul_(mask[name])
-
-
-def _digest(vit: nn.Module) -> str:
-    found = hashlib.sha1()
-    for name, tensor in vit.state_dict().items():
-        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _histograms(vit: nn.Module, out: dict[str, Tensor]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib import evaluate, losses, processes, runs
+from lib import evaluate, losses, models, processes, runs
 from lib.augment import Augment, Share, mix, model_seed, normalise, places, step_generator
 from lib.resume import States, defer_signals, interactive
 
@@ -101,8 +101,8 @@ def fit(
     they go on from one another's states.
 
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
-    stop being finite (the last good state stays), RunError where run holds a training on other images. Ctrl-C and
-    SIGTERM save first; SIGTERM then exits with 143.
+    stop being finite (the last good state stays), RunError where run holds a training of
+    another model or on other images. Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
     """
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
@@ -198,7 +198,7 @@ class _Fitting:
             self.ema = ModelEmaV3(model, decay=recipe.ema_decay, exclude_buffers=True)
         self.trained, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
-        self.digest = data.digest
+        self.digest, self.start = data.digest, models.sha1(model)
         self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
         self._restore()
         self.bar = tqdm(
@@ -313,17 +313,20 @@ class _Fitting:
         self.saved_at = time.monotonic()
         if not self.accelerator.is_main_process:
             return
-        progress = {name: getattr(self, name) for name in ("epoch", "batch", "sums", "history", "best", "digest")}
+        names = ("epoch", "batch", "sums", "history", "best", "digest", "start")
+        progress = {name: getattr(self, name) for name in names}
         modules = {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema} if self.ema else {})
         self.states.write(progress, {name: module.state_dict() for name, module in modules.items()})
 
     def _restore(self) -> None:
         if (state := self.states.newest(self.accelerator.device)) is None:
             return
-        # split anew, images that this model has learnt from would be among those it is tested on
-        if state["progress"].get("digest", self.digest) != self.digest:
-            raise runs.RunError(f"{self.run.dir} holds a training on other images of {self.data.name}: choose another "
-                                "run_name, or start anew (resume: False)")  # fmt: skip
+        # split anew, images that this model has learnt from would be among those it is tested on; and a model remade
+        # meanwhile would be described by the notebook, but replaced by what the other became
+        for name, what in (("digest", f"on other images of {self.data.name}"), ("start", "of another model")):
+            if state["progress"].get(name, getattr(self, name)) != getattr(self, name):
+                raise runs.RunError(f"{self.run.dir} holds a training {what} than now: choose another run_name, or "
+                                    "start anew (resume: False)")  # fmt: skip
         self.model.load_state_dict(state["modules"]["model"])
         self.optimizer.load_state_dict(state["modules"]["optimizer"])
         if self.ema:

@@ -34,8 +34,9 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     method, blocks = method or rules["method"], rules.get("blocks") or None
     macs_g = rules["macs_g"] if macs_g is None else macs_g
     patches = TokenPruner(vit).patches
-    fixed = {name: rules[name] for name in ("alpha", "start_block", "normalise_scores")}
-    fixed["normalise"] = fixed.pop("normalise_scores")
+    headed = [index for index, block in enumerate(vit.blocks) if block.attn.num_heads and index >= rules["start_block"]]
+    fixed = {"alpha": rules["alpha"], "normalise": rules["normalise_scores"]}
+    fixed["start_block"] = headed[0] if headed else rules["start_block"]  # a block may have lost its heads
     if method in baselines.DROPPING:
         seed = {"seed": rules["seed"]} if method == "random" else {}
         make = lambda strength: baselines.DROPPING[method](vit, 1 - strength, blocks, **seed)  # noqa: E731

@@ -13,6 +13,7 @@ from test_finished import run as make_run
 
 from lib import arms, compare, data, evaluate, finished, models, params, runs
 from lib.pruners.baselines import ToMe
+from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,12 @@ def test_given_models_alone_are_measured_as_they_were_trained(take, images, tmp_
         torch.testing.assert_close(now.logits, predicted.logits, atol=1e-5, rtol=1e-4)
     assert found.images.mean == (0.5, 0.5, 0.5)
     assert compare.baseline_arm(found.table, "dense") == "mine"
+
+
+def test_a_model_that_shrinks_its_images_is_taken(take, tmp_path):
+    models.save(Shrunk.down(tiny(), 6), tmp_path / "small")
+    found, _ = take(tmp_path / "small.safetensors")
+    assert [*found.models] == ["small"] and found.table.macs_g[0] < 0.5 * evaluate.macs(tiny(), (3, 12, 12))["macs_g"]
 
 
 def test_given_models_join_runs(take, images, tiny_h5, tmp_path, capsys):

@@ -342,10 +342,12 @@ def test_macs_that_depend_on_the_image_are_a_mean_over_images():
 def test_closed_form_refuses_what_it_does_not_cover():
     with pytest.raises(ValueError, match="pools by attention"):
         closed_form_macs(tiny_vit(global_pool="map", class_token=False))
-    from timm.layers import GluMlp
+    from timm.layers import GluMlp, SwiGLU
 
     with pytest.raises(ValueError, match="is gated"):
         closed_form_macs(tiny_vit(mlp_layer=GluMlp))
+    with pytest.raises(ValueError, match="SwiGLU is gated"):
+        closed_form_macs(tiny_vit(mlp_layer=SwiGLU))
 
 
 def test_latency_gives_one_sane_row_per_model():

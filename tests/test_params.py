@@ -112,6 +112,8 @@ def test_papermills_types_are_read_where_that_is_exact(name, given, read):
         ("blocks", [], "blocks is an empty list: expected at least one"),
         ("blocks", "[1, 12]", r"blocks is 12: expected a value in \[0, 11\]"),
         ("blocks", 3, "blocks is 3: expected list"),
+        ("blocks", [1, "two"], "blocks holds 'two': expected numbers"),
+        ("blocks", ["1e2"], r"blocks is 100.0: expected a value in \[0, 11\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name, given, fault):

@@ -9,6 +9,7 @@ from conftest import TINY
 from test_training_free import RULES, SHAPE, quiet, untrained
 
 from lib import evaluate, models, scans, training_free
+from lib.pruners import surgery
 from lib.pruners.anchors import Anchors
 from lib.pruners.baselines import EViT, TopK
 from lib.pruners.dropping import predicted_macs
@@ -34,6 +35,18 @@ def test_peers_hide_no_faults(start, capsys):
     found = scans.peers(bare, RULES, 1.0)
     assert [*found] == ["random", "grid", "topk", "evit", "tome", "ward"]
     assert capsys.readouterr().out.startswith("left out anchors: ")
+
+
+@quiet
+def test_anchors_choose_in_the_next_block_with_heads(start, capsys):
+    """A model that was cut before may have lost those of the default's."""
+    heads = [each.attn.num_heads for each in start.vit.blocks]
+    cut = surgery.remove(start.vit, surgery.Plan([[*range(count)] * (place != 1) for place, count in enumerate(heads)],
+                                                 [None] * 4))  # fmt: skip
+    found = scans.peers(cut, RULES, evaluate.macs(cut, SHAPE)["macs_g"] / 1.3)
+    assert found["anchors"].start_block == 2 and capsys.readouterr().out == ""
+    table = scans.vary(start._replace(vit=cut), RULES, [0.5])
+    assert table.value[table.setting == "start_block"].tolist() == ["2", "3"]
 
 
 @quiet

@@ -343,8 +343,9 @@ def test_an_edit_reruns_what_depends_on_it_and_nothing_else(project):
     stages = [
         {"notebook": "first", "threads": 2},
         {"notebook": "second", "needs": {"source": "first"}},
-        {"notebook": "alone"},
+        {"notebook": "alone", "parameters": {"source": "weights.bin"}},
     ]
+    (project / "weights.bin").write_text("one")
     sweep, out = written(project, {"name": "s", "stages": stages}), project / "outputs"
 
     def planned():
@@ -379,8 +380,32 @@ def test_an_edit_reruns_what_depends_on_it_and_nothing_else(project):
     executed = (out / "second" / "s" / "notebook.ipynb").read_text()
     assert "edited" in executed and "(new)" in executed, "from the start, by the notebook as it is now"
     assert planned() == set()
+    (project / "weights.bin").write_text("two")
+    assert planned() == {"alone/s"}
     edit("first")
-    assert planned() == {"first/s", "second/s"}
+    assert planned() == {"first/s", "second/s", "alone/s"}
+
+
+def test_a_stopped_run_goes_on_unless_what_it_starts_from_was_made_again(project):
+    stages = [{"notebook": "first"}, {"notebook": "second", "needs": {"source": "first"}}]
+    sweep, second = written(project, {"name": "s", "stages": stages}), project / "outputs" / "second" / "s"
+    (project / "lib" / "inner.py").write_text("# one")
+    assert snakemake(project, sweep).returncode == 0
+
+    def stopped():
+        for file in ("DONE", "provenance.json"):
+            (second / file).unlink()
+        (second / "last").mkdir()
+        (second / "last" / "state-1.pt").touch()
+
+    stopped()
+    assert snakemake(project, sweep).returncode == 0
+    assert "(resumes)" in (second / "notebook.ipynb").read_text()
+    shutil.rmtree(second / "last")
+    stopped()
+    (project / "lib" / "inner.py").write_text("# two")  # first imports it
+    assert snakemake(project, sweep).returncode == 0
+    assert "(new)" in (second / "notebook.ipynb").read_text()
 
 
 # ---- the same results ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 
 from lib import blocks, evaluate
 from lib.pruners import rankings
+from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -125,7 +126,7 @@ def test_gradients_reach_the_kept_position_embeddings_and_equal_the_dense_ones()
 def test_wrappers_spare_the_same_parameters_from_weight_decay():
     vit = make("registers")
     assert TokenPruner(vit).no_weight_decay() == {f"vit.{name}" for name in vit.no_weight_decay()}
-    assert "vit.pos_embed" in TokenPruner(vit).no_weight_decay()
+    assert "vit.pos_embed" in TokenPruner(vit).no_weight_decay() == Shrunk(vit).no_weight_decay()
 
 
 def test_gradient_checkpointing_changes_nothing():

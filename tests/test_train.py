@@ -358,10 +358,22 @@ def test_a_finished_training_returns_at_once_with_the_same(make_run, tiny, vit, 
 
 
 def test_a_training_does_not_go_on_with_other_images(make_run, tiny, vit):
+    first = copy.deepcopy(vit)
     fit(vit, tiny, RECIPE, run=make_run())
     other = replace(tiny, train=tiny.test, test=tiny.train, digest="0" * 64)  # as a folder with new images would split
-    with pytest.raises(runs.RunError, match=r"run holds a training on other images of tiny.*start anew") as caught:
-        fit(vit, other, RECIPE, run=make_run())
+    with pytest.raises(runs.RunError, match=r"a training on other images of tiny than now: .*start anew") as caught:
+        fit(first, other, RECIPE, run=make_run())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_training_does_not_go_on_with_another_model(make_run, tiny, vit):
+    """The one it began with may have been remade since: the notebook would describe that one."""
+    first = copy.deepcopy(vit)
+    fit(vit, tiny, RECIPE, run=make_run())
+    with torch.no_grad():
+        first.head.bias[0] += 1
+    with pytest.raises(runs.RunError, match=r"a training of another model than now: .*start anew") as caught:
+        fit(first, tiny, RECIPE, run=make_run())
     assert "\n" not in str(caught.value)
 
 

@@ -25,6 +25,7 @@ from lib.pruners.dropping import Unreachable, predicted_macs
 
 CENTRES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the depth
 WIDTHS = (0.15, 0.22, 0.33)
+BATCH = 64  # images that are asked at once
 NAMES = ("r", "centre", "width", "kl_nats", "images", "cost", "unit")
 
 
@@ -131,9 +132,10 @@ def choose(
     for part in images.tensor_split([len(images) >> left for left in range(rounds - 1, 0, -1)]):
         if not len(part):  # few images: nothing is dropped unseen
             continue
-        with torch.inference_mode(), blocks.evaluation(vit):
-            clean = vit(part).double().log_softmax(1)
-            running = [_further(each, make(vit, each.r).eval(), part, clean) for each in running]
+        for batch in part.split(BATCH):
+            with torch.inference_mode(), blocks.evaluation(vit):
+                clean = vit(batch).double().log_softmax(1)
+                running = [_further(each, make(vit, each.r).eval(), batch, clean) for each in running]
         running.sort(key=lambda each: each.kl_nats)
         keep = (len(running) + 1) // 2  # rounded up: one is left only when all images were seen
         seen, running = seen + running[keep:], running[:keep]

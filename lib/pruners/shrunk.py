@@ -38,6 +38,10 @@ class Shrunk(nn.Module):
         """Constructor arguments besides `vit`: what models.save stores to rebuild this."""
         return {}
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers must not decay: those of the ViT."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
         size = tuple(self.vit.patch_embed.img_size)
