@@ -117,7 +117,7 @@ def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
     if not isinstance(model, VisionTransformer | towers.Tower):
         raise ModelError(f"{type(model).__name__} is not supported: expected a timm VisionTransformer")
     wanted = tuple(model.patch_embed.img_size)
-    if wanted != image_shape[1:] and not model.dynamic_img_size:
+    if wanted != image_shape[1:]:  # though one of dynamic size would run: patches are counted by the size it takes
         found = f"{image_shape[1]}x{image_shape[2]}"
         raise ModelError(f"images are {found}, the model takes {wanted[0]}x{wanted[1]}: set img_size, or another arch")
 

@@ -282,3 +282,11 @@ def test_weights_may_come_from_a_run(tmp_path, vit):
     assert all(torch.equal(mine, other) for mine, other in zip(again.parameters(), vit.parameters(), strict=True))
     with pytest.raises(models.ModelError, match="model.safetensors not found"):
         models.create("vit_digits", 3, weights=tmp_path, **TINY)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_images_of_another_size_than_the_model_counts_with_are_refused(dynamic):
+    vit = models.create("vit_tiny_patch16_224", 3, **TINY, dynamic_img_size=dynamic)
+    models.match(vit, (3, 12, 12))
+    with pytest.raises(ModelError, match="images are 24x24, the model takes 12x12: set img_size"):
+        models.match(vit, (3, 24, 24))
