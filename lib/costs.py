@@ -101,7 +101,8 @@ def closed_form_macs(
     sublayers = [(getattr(block.attn, "proj", None), last(block.mlp)) for block in vit.blocks]
     for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
         # timm's GluMlp makes both halves in fc1, its SwiGLU the gate in fc1_g
-        if hasattr(block.mlp, "fc1_g") or getattr(block.mlp, "fc1", fc2).out_features != fc2.in_features:
+        fc1 = getattr(block.mlp, "fc1", None)
+        if hasattr(block.mlp, "fc1_g") or (fc1 is not None and fc1.out_features != fc2.in_features):
             raise NotCovered(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(
