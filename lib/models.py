@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from lib import runs, towers
 from lib.resnet import ResNet20
@@ -277,10 +278,10 @@ def header(path: str | Path) -> dict:
     return content
 
 
-def sha1(model: nn.Module) -> str:
-    """A digest of the names and values of everything in a model's state."""
+def sha1(state: Mapping[str, Tensor]) -> str:
+    """A digest of the names and values of a state_dict."""
     found = hashlib.sha1()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         # bytes: numpy has no bfloat16
         found.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

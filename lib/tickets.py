@@ -286,7 +286,7 @@ class _Tickets:
 
     def untouched(self) -> str:
         """The digest of the initial weights; RunError where it is not that of the search's start."""
-        file, digest = self.run.dir / "parts" / "initial.json", models.sha1(self.initial)
+        file, digest = self.run.dir / "parts" / "initial.json", models.sha1(self.initial.state_dict())
         if not file.exists():
             runs.write_json(file, {"sha1": digest})
         if json.loads(file.read_text())["sha1"] != digest:

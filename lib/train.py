@@ -198,7 +198,7 @@ class _Fitting:
             self.ema = ModelEmaV3(model, decay=recipe.ema_decay, exclude_buffers=True)
         self.trained, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.epoch, self.batch, self.sums, self.history, self.best = 0, 0, {}, [], None
-        self.digest, self.start = data.digest, models.sha1(model)
+        self.digest, self.start = data.digest, models.sha1(model.state_dict())
         self.states, self.saved_at = States(run.dir / "last"), time.monotonic()
         self._restore()
         self.bar = tqdm(
@@ -318,15 +318,27 @@ class _Fitting:
         modules = {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema} if self.ema else {})
         self.states.write(progress, {name: module.state_dict() for name, module in modules.items()})
 
+    def _same_model(self, state: dict[str, Any]) -> bool:
+        """Whether the training began with this model, or made it: in Jupyter a cell may run again."""
+        if state["progress"].get("start", self.start) == self.start:
+            return True
+        modules = state["modules"]
+        made = [modules["model"], {k.removeprefix("module."): v for k, v in modules.get("ema", {}).items()}]
+        made += [self.states.best()] if state["progress"]["history"] else []
+        return self.start in map(models.sha1, made)
+
     def _restore(self) -> None:
         if (state := self.states.newest(self.accelerator.device)) is None:
             return
-        # split anew, images that this model has learnt from would be among those it is tested on; and a model remade
-        # meanwhile would be described by the notebook, but replaced by what the other became
-        for name, what in (("digest", f"on other images of {self.data.name}"), ("start", "of another model")):
-            if state["progress"].get(name, getattr(self, name)) != getattr(self, name):
-                raise runs.RunError(f"{self.run.dir} holds a training {what} than now: choose another run_name, or "
-                                    "start anew (resume: False)")  # fmt: skip
+        fault = None
+        if state["progress"].get("digest", self.digest) != self.digest:
+            # split anew, images that this model has learnt from would be among those it is tested on
+            fault = f"on other images of {self.data.name}"
+        elif not self._same_model(state):  # one remade since: a notebook would describe it, and have what this became
+            fault = "of another model"
+        if fault:
+            raise runs.RunError(f"{self.run.dir} holds a training {fault} than now: choose another run_name, or start "
+                                "anew (resume: False)")  # fmt: skip
         self.model.load_state_dict(state["modules"]["model"])
         self.optimizer.load_state_dict(state["modules"]["optimizer"])
         if self.ema:

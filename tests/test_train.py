@@ -361,7 +361,7 @@ def test_a_training_does_not_go_on_with_other_images(make_run, tiny, vit):
     first = copy.deepcopy(vit)
     fit(vit, tiny, RECIPE, run=make_run())
     other = replace(tiny, train=tiny.test, test=tiny.train, digest="0" * 64)  # as a folder with new images would split
-    with pytest.raises(runs.RunError, match=r"a training on other images of tiny than now: .*start anew") as caught:
+    with pytest.raises(runs.RunError, match=r"a training on other images of tiny.h5 than now: .*start anew") as caught:
         fit(first, other, RECIPE, run=make_run())
     assert "\n" not in str(caught.value)
 
