@@ -171,7 +171,7 @@ class Run(Part):
     def __init__(self, notebook: str, declaration: dict[str, parameters.Parameter], values: dict[str, Any]):
         super().__init__(notebook, folder(notebook, declaration, values))
         self.params, self.defaults = values, {name: parameter.default for name, parameter in declaration.items()}
-        self.began, self.resumed = time.time(), False
+        self.began = time.time()
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -180,11 +180,11 @@ class Run(Part):
         for leftover in self.dir.rglob(".*.tmp*"):
             leftover.unlink()
         self._same_parameters()
-        self.resumed = self.done or self.begun
         if not values.get("resume", True):
             for old in (self.dir / "DONE", *self.dir.glob("last/*")):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "parts", ignore_errors=True)
+        self.resumed = self.done or self.begun
         write_json(self.dir / "params.json", values)
         state = "done before: what is finished is reused" if self.done else "resumes" if self.begun else "new"
         print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
@@ -313,10 +313,9 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     declaration = parameters.declared_in(source)
     wanted = _made_by(wanted, declaration) | {"output_dir": output_dir}
     values = parameters.check(declaration, wanted)
+    way = _made_by(values, declaration)
     for mark in sorted((root() / output_dir / notebook).glob("*/DONE")):
-        if _made_by(json.loads((mark.parent / "params.json").read_text()), declaration) == _made_by(
-            values, declaration
-        ):
+        if _made_by(json.loads((mark.parent / "params.json").read_text()), declaration) == way:
             print(f"{notebook}: using {mark.parent}", flush=True)
             return mark.parent
     target = folder(notebook, declaration, values)

@@ -101,8 +101,8 @@ def fit(
     they go on from one another's states.
 
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
-    stop being finite (the last good state stays), RunError where run holds a training of
-    another model or on other images. Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
+    stop being finite (the last good state stays), RunError where run holds a training of another model or on other
+    images. Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
     """
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
@@ -178,9 +178,8 @@ class _Fitting:
         self.model, self.data, self.recipe, self.run, self.loss = model, data, recipe, run, loss
         self.on_gradient, self.on_step, self.watch = hooks
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
-        self.accelerator = Accelerator(
-            mixed_precision="no", cpu=evaluate.device().type == "cpu"
-        )  # no mps: it lacks float64
+        # On the device of evaluation: Apple's mps, which accelerate would take by itself, has no float64.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=evaluate.device().type == "cpu")
         world = self.accelerator.num_processes
         self.size = min(recipe.batch_size, len(data.train.labels))
         if self.size % world:

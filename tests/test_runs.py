@@ -284,8 +284,8 @@ def test_one_of_several_choices_is_no_path(project, monkeypatch):
 
 
 def test_time_since_a_run_was_resumed_is_not_called_all_of_it(tmp_path):
-    for resumed in (False, True):
-        run = tiny_run(tmp_path)
+    for resume, resumed in ((True, False), (True, True), (False, False)):
+        run = tiny_run(tmp_path, resume=resume)
         run.finish({})
         assert json.loads((run.dir / "provenance.json").read_text())["resumed"] == resumed
 
