@@ -21,6 +21,7 @@ FAMILIES = {
     "attention pooling": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
     "scaled norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
 }
+WITHOUT_CLASS_TOKEN = ("no class token", "registers, mean pooling", "attention pooling")
 
 
 def make(name: str, **overrides) -> nn.Module:

@@ -9,7 +9,7 @@ import timm
 import torch
 from families import FAMILIES, by_onnx, images, make
 
-from lib import blocks, evaluate, models
+from lib import evaluate
 from lib.pruners.baselines import DROPPING, EViT, GridDrop, RandomDrop, TopK, spread_order
 from lib.pruners.dropping import FirstTokens, predicted_macs, reaching, rounded_up
 from lib.pruners.surgery import Plan, remove
@@ -149,17 +149,6 @@ def test_what_stays_leaves_a_block_as_from_the_whole_block(family, name):
         x, ids = found, left
 
 
-@pytest.mark.parametrize("name", DROPPING)
-def test_batch_equals_single(name):
-    pruner = DROPPING[name](make("vit"), 0.5)
-    x = images(pruner.vit, 5)
-    batch, single = pruner(x), torch.cat([pruner(each) for each in x.split(1)])
-    if name == "random":  # every image of a batch has its own priorities
-        assert (batch[1:] - single[1:]).abs().amax(dim=1).min() > 1e-6
-        batch, single = batch[:1], single[:1]
-    torch.testing.assert_close(batch, single, **CLOSE)
-
-
 def test_random_repeats_by_seed_and_differs_between_images_and_seeds():
     vit = make("vit")
     x = images(vit, 1).expand(6, -1, -1, -1)
@@ -253,18 +242,6 @@ def test_rounded_up_is_not_fooled_by_floats():
 
 
 @pytest.mark.parametrize("name", DROPPING)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counts_are_the_tokens_that_run(family, name):
-    pruner = DROPPING[name](make(family), [0.8, 0.45], [0, 1])
-    seen = {"norm1": [], "mlp": []}
-    for block in pruner.vit.blocks:
-        for part, found in seen.items():
-            getattr(block, part).register_forward_pre_hook(lambda _, x, found=found: found.append(x[0].shape[1]))
-    pruner(images(pruner.vit))
-    assert (seen["norm1"], seen["mlp"]) == pruner.counts()
-
-
-@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_gap_224", "vit_small_patch14_reg4_dinov2"])
 def test_predicted_macs_are_those_counted(arch, name):
     with torch.device("meta"):
@@ -341,61 +318,6 @@ def test_runs_where_only_some_patches_are_embedded(name):
         assert trace.kept[1][0].tolist() == sorted([patch for patch in by_bayer((4, 4)) if patch in on][:4])
 
 
-@pytest.mark.parametrize("name", DROPPING)
-def test_gradient_checkpointing_changes_nothing(name):
-    pruner = DROPPING[name](make("vit"), 0.6).train()
-    x = images(pruner.vit)
-    pruner(x).square().sum().backward()
-    plain = [p.grad.clone() for p in pruner.parameters()]
-    pruner.zero_grad()
-    pruner.vit.set_grad_checkpointing(True)
-    pruner(x).square().sum().backward()
-    for before, parameter in zip(plain, pruner.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, before, **CLOSE)
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_the_model_is_as_it_was_after_use(name):
-    vit = make("vit")
-    before, x = copy.deepcopy(vit.state_dict()), images(vit)
-    logits = vit(x)
-    pruner = DROPPING[name](vit, 0.5)
-    pruner.train()
-    pruner(x)
-    pruner.trace(x)
-    assert pruner.training and vit.training
-    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
-    assert torch.equal(vit.eval()(x), logits)
-    assert {*pruner.state_dict()} == {f"vit.{key}" for key in before}
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_saves_and_loads(name, vit, tmp_path):
-    extra = {"seed": 5} if name == "random" else {}
-    pruner = DROPPING[name](vit.eval(), [0.75, 0.5], [1, 0], **extra).eval()
-    x = torch.rand(4, 3, 12, 12)
-    loaded = models.load(models.save(pruner, tmp_path / "model"))
-    assert type(loaded) is type(pruner) and loaded.arguments == pruner.arguments
-    assert loaded.arguments == {"keep_ratio": [0.75, 0.5], "blocks": [1, 0]} | extra
-    assert torch.equal(loaded(x), pruner(x)) and not torch.equal(loaded(x), vit(x))
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_exports_and_compiles(name):
-    pruner = DROPPING[name](make("vit").float(), 0.6).eval()
-    x = images(pruner.vit, 2).float()
-    torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
-    torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_exports_to_onnx(name, tmp_path):
-    pruner = DROPPING[name](make("vit"), 0.6).float().eval()
-    x = images(pruner.vit, 2).float()
-    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
-    assert (pruner(x) - pruner.vit(x)).abs().max() > 1e-4, "something was pruned"
-
-
 @pytest.mark.parametrize("count", [9, 20])
 def test_the_highest_are_the_first_of_equals_in_onnx_too(count, tmp_path):
     class Highest(torch.nn.Module):
@@ -424,12 +346,6 @@ def test_bad_arguments(name, arguments, message):
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         DROPPING[name](make("vit"), **arguments)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_other_models_are_refused_by_name(name):
-    with pytest.raises(blocks.UnsupportedBlock, match="Linear"):
-        DROPPING[name](torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

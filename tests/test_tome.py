@@ -1,16 +1,14 @@
 """ToMe: bipartite soft matching against an implementation of the paper, token by token, of the whole sequence."""
 
-import copy
 import itertools
 import math
 
 import pytest
 import timm
 import torch
-from families import FAMILIES, by_onnx, images, make
-from torch import nn
+from families import FAMILIES, images, make
 
-from lib import evaluate, models
+from lib import evaluate
 from lib.pruners.baselines import ToMe, follow, merge
 from lib.pruners.dropping import predicted_macs, reaching
 from lib.pruners.surgery import Plan, remove
@@ -200,15 +198,6 @@ def test_merging_equal_patches_changes_nothing(family):
         torch.testing.assert_close(ToMe(vit, [8, 4, 2])(x), vit(x), **CLOSE)
 
 
-def test_batch_equals_single():
-    pruner = ToMe(make("registers"), 4)
-    x = images(pruner.vit, 5)
-    single = [pruner(each) for each in x.split(1)]
-    torch.testing.assert_close(pruner(x), torch.cat(single), rtol=0, atol=1e-11)
-    for index, together in enumerate(pruner.sources(x)):
-        assert torch.equal(together, torch.cat([pruner.sources(each)[index] for each in x.split(1)]))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_tokens_leave_a_block_as_from_the_whole_block(family):
     pruner = ToMe(make(family), 5)
@@ -222,17 +211,6 @@ def test_prefix_tokens_leave_a_block_as_from_the_whole_block(family):
         torch.testing.assert_close(
             found[image, prefix:][alone], whole[image, prefix:][left[image][alone]], rtol=0, atol=1e-11
         )
-
-
-@pytest.mark.parametrize("r", RS.values(), ids=RS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counts_are_the_tokens_that_run(family, r):
-    pruner, seen = ToMe(make(family), r), {"norm1": [], "mlp": []}
-    for block in pruner.vit.blocks:
-        for part, found in seen.items():
-            getattr(block, part).register_forward_pre_hook(lambda _, x, found=found: found.append(x[0].shape[1]))
-    pruner(images(pruner.vit))
-    assert (seen["norm1"], seen["mlp"]) == pruner.counts()
 
 
 def test_more_than_half_is_capped():
@@ -307,72 +285,11 @@ def test_runs_where_only_some_patches_are_embedded():
             assert sources[index][image].tolist() == [expected[patch] for patch in range(8)]
 
 
-def test_gradient_checkpointing_changes_nothing():
-    pruner = ToMe(make("vit"), 4).train()
-    x = images(pruner.vit)
-    pruner(x).square().sum().backward()
-    plain = [p.grad.clone() for p in pruner.parameters()]
-    pruner.zero_grad()
-    pruner.vit.set_grad_checkpointing(True)
-    pruner(x).square().sum().backward()
-    for before, parameter in zip(plain, pruner.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, before, rtol=0, atol=1e-11)
-
-
-def test_the_model_is_as_it_was_after_use():
-    vit = make("vit")
-    before, x = copy.deepcopy(vit.state_dict()), images(vit)
-    logits, pruner = vit(x), ToMe(vit, 5).train()
-    pruner(x)
-    pruner.trace(x)
-    pruner.sources(x)
-    assert pruner.training and vit.training
-    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
-    assert torch.equal(vit.eval()(x), logits)
-
-
-@pytest.mark.parametrize("r", [3, [4, 1]])
-def test_saves_and_loads(r, vit, tmp_path):
-    pruner = ToMe(vit.eval(), r).eval()
-    x = torch.rand(4, 3, 12, 12)
-    loaded = models.load(models.save(pruner, tmp_path / "model"))
-    assert type(loaded) is ToMe and loaded.arguments == {"r": r} and loaded.rs == pruner.rs
-    assert torch.equal(loaded(x), pruner(x)) and not torch.equal(loaded(x), vit(x))
-
-
-def test_exports_and_compiles():
-    pruner = ToMe(make("vit").float(), 4).eval()
-    x = images(pruner.vit, 2).float()
-    torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
-    torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
-
-
-@pytest.mark.parametrize("family", ["vit", "no class token"])
-def test_exports_to_onnx(family, tmp_path):
-    pruner = ToMe(make(family), [5, 3, 2]).float().eval()
-    x = images(pruner.vit, 2).float()
-    torch.testing.assert_close(by_onnx(pruner, x, tmp_path), pruner(x), rtol=0, atol=1e-5)
-    assert (pruner(x) - pruner.vit(x)).abs().max() > 1e-4, "something was pruned"
-
-
-def test_runs_in_half_precision():
-    pruner = ToMe(make("vit").float(), 4).eval()
-    x = images(pruner.vit, 2).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert pruner(x).isfinite().all()
-    assert copy.deepcopy(pruner).bfloat16()(x.bfloat16()).isfinite().all()
-
-
 @pytest.mark.parametrize("r", [-1, [1, 2], [1, -1, 1], [], [1] * 4])
 def test_bad_arguments(r):
     with pytest.raises(ValueError, match="expected a number of tokens from 0, or one for each of 3 blocks") as caught:
         ToMe(make("vit"), r)
     assert str(caught.value).startswith(f"r is {r}: ") and "\n" not in str(caught.value)
-
-
-def test_other_models_are_refused_by_name():
-    with pytest.raises(TypeError, match="Linear"):
-        ToMe(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("r", [2.7, [1, 2.5, 1]])
