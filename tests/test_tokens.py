@@ -13,6 +13,7 @@ from lib import blocks, evaluate
 from lib.pruners import rankings
 from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
+from lib.pruners.ucb import UCB
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 
@@ -190,6 +191,15 @@ def test_bad_inputs_are_refused():
         FixedPatches(frozen.vit, [0])
     with pytest.raises(blocks.UnsupportedBlock, match="Linear"):
         TokenPruner(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "method", [lambda vit: FixedPatches(vit, [1]), lambda vit: UCB(vit, 0.5)], ids=["fixed", "ucb"]
+)
+@pytest.mark.parametrize("places", [{"dynamic_img_size": True}, {"pos_embed": "none"}], ids=str)
+def test_patches_without_fixed_places_are_refused_at_once(places, method):
+    with pytest.raises(blocks.UnsupportedBlock, match="expected a fixed image size and position embedding$"):
+        method(make("vit", **places))
 
 
 def test_kept_count_is_not_fooled_by_floats():

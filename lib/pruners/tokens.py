@@ -60,6 +60,12 @@ def with_prefix(kept: Tensor, prefix: int) -> Tensor:
     return torch.cat([head, kept + prefix], dim=1)
 
 
+def check_fixed_places(vit: nn.Module) -> None:
+    """Raise UnsupportedBlock where a patch's index does not always mean the same place of an image."""
+    if vit.dynamic_img_size or vit.pos_embed is None:
+        raise blocks.UnsupportedBlock(f"{blocks.name_of(vit)}: expected a fixed image size and position embedding")
+
+
 class TokenPruner(nn.Module):
     """A ViT whose blocks may lose tokens. A method overrides `block`; with no override this is the dense model.
 
@@ -197,8 +203,7 @@ class FixedPatches(TokenPruner):
         total = vit.patch_embed.num_patches
         if kept.ndim != 1 or not len(kept) or len(kept.unique()) != len(kept) or kept[0] < 0 or kept[-1] >= total:
             raise ValueError(f"kept patches: expected distinct indices in 0..{total - 1}, got {kept.tolist()}")
-        if vit.dynamic_img_size or vit.pos_embed is None:
-            raise blocks.UnsupportedBlock(f"{blocks.name_of(vit)}: expected a fixed image size and position embedding")
+        check_fixed_places(vit)
         embed = vit.patch_embed
         if isinstance(embed, KeptPatchEmbed):
             raise blocks.UnsupportedBlock("this model embeds only some patches already: freeze the dense model")

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lib import blocks
-from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
+from lib.pruners.tokens import FixedPatches, TokenPruner, check_fixed_places, gather, kept_count, with_prefix
 
 
 def ucb_scores(importance: Tensor, bonus: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def ucb_scores(importance: Tensor, bonus: Tensor) -> Tensor:
 class UCB(TokenPruner):
     """Stage 1: a ViT that prunes patches by upper confidence bound and counts what it selects.
 
-    vit:           timm VisionTransformer; patches on one fixed grid.
+    vit:           timm VisionTransformer for images of one size (UnsupportedBlock otherwise).
     keep_ratio:    share of the patches a block keeps, in (0, 1]. With mode="gather" of those that reach it.
     beta:          weight of the exploration bonus; 0 is plain attention top-k.
     explore_ratio: share of the patches that count as selected, see above; None is the default described there.
@@ -62,6 +62,7 @@ class UCB(TokenPruner):
         mode: str = "mask",
     ):
         blocks.check(vit)  # no visual tower of open_clip
+        check_fixed_places(vit)
         super().__init__(vit)
         kept_count(keep_ratio, self.patches)  # refuses ratios outside (0, 1]
         kept_count(1.0 if explore_ratio is None else explore_ratio, self.patches)
