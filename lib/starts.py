@@ -1,6 +1,5 @@
 """Where a method's notebook starts: a dense model with the data it was trained on, found, made or new."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
@@ -55,7 +54,7 @@ def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
     vit = models.create(params["arch"], len(images.classes), size, weights, **timm_kwargs)
     models.match(vit, evaluate.image_shape(images))
     about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
-    if not weights or not Path(weights).is_dir():
+    if not weights or models.is_bare(weights):
         return Start("", vit, images, about)
     before = models.header(weights)["metadata"]
     if before.get("data") == about["data"]:

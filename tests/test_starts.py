@@ -196,13 +196,15 @@ def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_
             run.close()
 
     start = initial("", "one")
-    models.save(start.vit, tmp_path / "run" / "model", **start.about)
-    assert initial(tmp_path / "run", "two").path == str(tmp_path / "run")
+    file = models.save(start.vit, tmp_path / "run" / "model", **start.about)
+    for where, name in ((tmp_path / "run", "two"), (file, "by-its-file")):
+        assert initial(where, name).path == str(where)
     assert dense(tmp_path / "run", dataset="digits").images.digest == start.images.digest
     Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "own" / "cat" / "more.png")
     changed = "dataset own holds other images than when this model was trained"
-    for begin in (lambda: dense(tmp_path / "run", dataset="digits"), lambda: initial(tmp_path / "run", "three")):
+    for begin in (lambda: dense(tmp_path / "run", dataset="digits"), lambda: initial(tmp_path / "run", "three"),
+                  lambda: initial(file, "four")):  # fmt: skip
         with pytest.raises(DataError, match=changed) as caught:
             begin()
         assert "\n" not in str(caught.value)
-    assert initial("", "four").path == "", "from scratch they are any images"
+    assert initial("", "five").path == "", "from scratch they are any images"
