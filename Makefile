@@ -51,7 +51,7 @@ report: $(VENV)/ready
 clean:
 	rm -rf outputs .snakemake
 
-# The checkpoint that the project ships, from scratch (about an hour on two cores).
+# The checkpoint that the project ships, from scratch (about an hour on one core).
 checkpoint: $(VENV)/ready
 	$(BIN)/papermill notebooks/dense.ipynb out.ipynb -k python3 -f sweeps/vit_digits.yaml
 	cp outputs/dense/vit_digits/model.safetensors checkpoints/vit_digits.safetensors
