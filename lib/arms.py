@@ -1,7 +1,6 @@
 """What takes part in a comparison, ready to be measured: the models of finished runs, and models given by path."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from lib import data, evaluate, finished, models
+from lib import data, evaluate, finished, models, starts
 from lib.finished import CompareError
 from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import TokenPruner
@@ -58,7 +57,7 @@ def collect(run: Run) -> Arms:
         given.append(name)
     if all("mean" in arm.about for arm in found.values()):
         run.refuse("normalise", because="every model says what it was trained with")
-    fed = {name: _as_fed(images, arm.about, run.params["normalise"]) for name, arm in found.items()}
+    fed = {name: starts.as_fed(images, arm.about, run.params["normalise"]) for name, arm in found.items()}
     rows = [_measured(run, name, found[name].model, fed[name]) for name in given]
     images = next(iter(fed.values()))
     for name, arm in found.items():
@@ -127,13 +126,6 @@ def _classes(path: Path, vit: nn.Module) -> int:
     state = timm.models.load_state_dict(str(path), weights_only=True)
     state = checkpoint_filter_fn(state, vit) if isinstance(vit, VisionTransformer) else state.get("state_dict", state)
     return len(state["head.weight"])
-
-
-def _as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
-    """The images with the pixel statistics that a model was trained with; `normalise` where it does not say."""
-    if "mean" in about:
-        return replace(images, mean=tuple(about["mean"]), std=tuple(about["std"]))
-    return images.normalised(normalise)
 
 
 def _measured(run: Run, name: str, model: nn.Module, images: Any) -> dict[str, Any]:

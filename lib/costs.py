@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lib.blocks import Bias
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -93,10 +95,12 @@ def closed_form_macs(
     """`vit_macs` with the numbers read off a timm VisionTransformer, whole or with heads and neurons removed.
 
     tokens, mlp_tokens: of every block, as `vit_macs` takes them; None is all of them in every block.
-    NotCovered: attention pooling or a gated MLP.
+    NotCovered: attention pooling, an MLP that is not two layers, a network before the patches.
     """
     if getattr(vit, "attn_pool", None) is not None:
         raise NotCovered(f"{type(vit).__name__} pools by attention: the closed form does not cover that")
+    if hasattr(vit.patch_embed, "backbone"):
+        raise NotCovered(f"{type(vit.patch_embed).__name__} embeds by a network: the closed form does not cover that")
     last = lambda mlp: getattr(mlp, "fc2", getattr(mlp, "c_proj", None))  # noqa: E731  (timm's name, and open_clip's)
     sublayers = [(getattr(block.attn, "proj", None), last(block.mlp)) for block in vit.blocks]
     for block, (_, fc2) in zip(vit.blocks, sublayers, strict=True):
@@ -104,6 +108,8 @@ def closed_form_macs(
         fc1 = getattr(block.mlp, "fc1", None)
         if hasattr(block.mlp, "fc1_g") or (fc1 is not None and fc1.out_features != fc2.in_features):
             raise NotCovered(f"{type(block.mlp).__name__} is gated: the closed form does not cover that")
+        if fc2 is None and type(block.mlp) is not Bias:
+            raise NotCovered(f"{type(block.mlp).__name__} is not two layers: the closed form does not cover that")
     patches = vit.patch_embed.num_patches
     return vit_macs(
         tokens=[patches + vit.num_prefix_tokens] * len(vit.blocks) if tokens is None else tokens,

@@ -70,7 +70,8 @@ def found(run: Run, start: Start, merge: Callable) -> tuple[schedule.Schedule, l
         best = schedule.read(resolve(path))
         if len(best.r) != depth:
             raise ParameterError(f"{path} is for {len(best.r)} blocks: expected one for {depth}")
-        best = best._replace(cost=predicted_macs(merge(start.vit, best.r)), unit="GMACs")  # of this model
+        cost = predicted_macs(merge(start.vit, best.r))
+        best = best._replace(cost=cost, unit="GMACs", kl_nats=None, images=0)  # of this model, which no images saw
         candidates = [best]
     else:
         images, (limit, cost, unit, every) = images_of(run, start), budget(run, start, merge)

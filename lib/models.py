@@ -125,11 +125,14 @@ def match(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
 
 def of_classes(vit: nn.Module, rows: list[int]) -> nn.Module:
     """A model of `create` that tells only some of its classes apart: these rows of its head, in this order."""
-    head = nn.Linear(vit.head.in_features, len(rows), bias=vit.head.bias is not None)
-    with torch.no_grad():
-        for new, old in zip(head.parameters(), vit.head.parameters(), strict=True):
-            new.copy_(old[rows])
-    vit.head, vit.num_classes = head, len(rows)
+    for name in ("head", "head_dist"):  # a distilled DeiT has two
+        if (old := getattr(vit, name, None)) is not None:
+            head = nn.Linear(old.in_features, len(rows), bias=old.bias is not None)
+            with torch.no_grad():
+                for new, whole in zip(head.parameters(), old.parameters(), strict=True):
+                    new.copy_(whole[rows])
+            setattr(vit, name, head)
+    vit.num_classes = len(rows)
     vit.config = describe(vit) | {"num_classes": len(rows)}
     return vit
 

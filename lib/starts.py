@@ -1,5 +1,6 @@
 """Where a method's notebook starts: a dense model with the data it was trained on, found, made or new."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
@@ -86,9 +87,16 @@ def published(run: runs.Run, weights: str) -> Start:
 
 def load(about: dict[str, Any]) -> Any:
     """The data that a model's metadata names, as the model was fed it; DataError where other images are there now."""
-    images = data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
+    images = as_fed(data.load(**about["data"], root=runs.root() / "data"), about, about["normalise"])
     _unchanged(about, images)
     return images
+
+
+def as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
+    """The images with the pixel statistics that a model's metadata names; by `normalise` where it names none."""
+    if "mean" in about:
+        return replace(images, mean=tuple(about["mean"]), std=tuple(about["std"]))
+    return images.normalised(normalise)
 
 
 def _unchanged(about: dict[str, Any], images: Any) -> None:

@@ -3,8 +3,8 @@
 With class weights made of prompts (`lib.zero_shot`) a tower is a zero-shot classifier, otherwise it gives features.
 
 A view is made of the tower's own modules and copies no forward: attention is cut into the steps of `lib.blocks` by the
-weights of its nn.MultiheadAttention, and a block that no method touches runs as open_clip's own. Both layouts that
-open_clip has had, (N, L, D) and (L, N, D), look the same from here. open_clip need not be installed.
+weights of its nn.MultiheadAttention, and a block that no method touches runs as open_clip's own. Blocks of
+both layouts, (N, L, D) and (L, N, D), look the same from here. open_clip need not be installed.
 """
 
 import math
@@ -85,16 +85,13 @@ class Tower(nn.Module):
             self.config = {"tower": config, "num_classes": self.num_classes, "zero_shot": weights is not None}
         self.embed_dim = visual.positional_embedding.shape[1]
         self.norm_pre = self.norm = nn.Identity()
+        self.blocks = [BlockView(block) for block in visual.transformer.resblocks]  # not modules: registered once
 
     @property
     def num_classes(self) -> int:
         if self.weights is not None:
             return self.weights.shape[1]
         return 0 if self.visual.proj is None else self.visual.output_dim
-
-    @property
-    def blocks(self) -> list[BlockView]:
-        return [BlockView(block) for block in self.visual.transformer.resblocks]
 
     @property
     def patch_embed(self) -> EmbedView:

@@ -87,7 +87,9 @@ def check(run: Run) -> None:
 
 
 def check_anchors(run: Run) -> None:
-    """ParameterError where clip_zeroshot.ipynb was given settings of anchors that nothing uses."""
+    """ParameterError where clip_zeroshot.ipynb was given settings of anchors, or of the timing, that nothing uses."""
+    if not run.params["enable_pruning"]:
+        run.refuse("latency_batch", because="enable_pruning is off")
     if not run.params["enable_pruning"] and not run.params["shares"]:
         run.refuse("k_anchors", "top_m", "alpha", "start_block", "normalise_scores",
                    because="enable_pruning is off and nothing is varied")  # fmt: skip

@@ -80,6 +80,7 @@ def test_every_way_of_merging_costs_the_same_and_is_measured_as_it_answers():
     table = merging.measured(vit, torch.randn(16, 3, 48, 48, generator=generator), x, labels, [1.5]).set_index("way")
     assert [*table.index] == ["dense", *merging.WAYS, "ToMe, scheduled", "Ward, scheduled", "Top-K", "EViT"]
     assert table["fewer MACs"][1:].between(1.5, 1.6).all() and table.p[2:].notna().all()
+    assert (table.counted < table["fewer MACs"])[1:].all() and table.counted["Ward"] < table.counted["ToMe"]
     clean = vit(x).double().log_softmax(1)
     assert table.NLL["dense"] == pytest.approx(-clean[range(12), labels].mean().item(), abs=1e-6)
     assert table.top1["dense"] == (clean.argmax(1) == labels).double().mean().item() and (table.KL[1:] > 0).all()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -346,6 +347,13 @@ def test_closed_form_refuses_what_it_does_not_cover():
 
     with pytest.raises(ValueError, match="is gated"):
         closed_form_macs(tiny_vit(mlp_layer=GluMlp))
+    with pytest.raises(ValueError, match="^GluMlp is not two layers"):  # as ViTamin's, without timm's names
+        vit = tiny_vit(mlp_layer=GluMlp)
+        for block in vit.blocks:
+            del block.mlp.fc1, block.mlp.fc2
+        closed_form_macs(vit)
+    with torch.device("meta"), pytest.raises(ValueError, match="^HybridEmbed embeds by a network"):
+        closed_form_macs(timm.create_model("vit_tiny_r_s16_p8_224"))
     with pytest.raises(ValueError, match="SwiGLU is gated"):
         closed_form_macs(tiny_vit(mlp_layer=SwiGLU))
 

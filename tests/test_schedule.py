@@ -20,6 +20,7 @@ from lib import costs, evaluate, merging, models, params, runs
 from lib.pruners import schedule
 from lib.pruners.baselines import ToMe
 from lib.pruners.dropping import Unreachable, predicted_macs
+from lib.pruners.surgery import Plan, remove
 from lib.pruners.ward import Ward
 from lib.starts import Start
 
@@ -44,12 +45,23 @@ def test_bells_are_symmetric_about_their_peak():
 
 
 def test_a_spaced_shape_is_zero_between():
-    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 1) == [1, 2, 3, 4, 5]
-    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1, 0, 3, 0, 5]
-    assert schedule.spaced([1.0, 2.0, 3.0, 4.0, 5.0], 9) == [1, 0, 0, 0, 0]
+    vit, shape = make("vit", depth=5), [1.0, 2.0, 3.0, 4.0, 5.0]
+    spaced = lambda every: schedule.spaced(shape, schedule.merging(vit.blocks, every))  # noqa: E731
+    assert (spaced(1), spaced(2), spaced(9)) == ([1, 2, 3, 4, 5], [1, 0, 3, 0, 5], [1, 0, 0, 0, 0])
+    vit = remove(vit, Plan(heads=[[], None, None, [], None]))  # blocks without heads merge nothing
+    assert (spaced(1), spaced(2), spaced(9)) == ([0, 2, 3, 0, 5], [0, 2, 0, 0, 5], [0, 2, 0, 0, 0])
     for every in (0, -1, 1.5):
         with pytest.raises(ValueError, match=rf"^every is {every}: expected a whole number of blocks from 1$"):
-            schedule.spaced([1.0, 2.0], every)
+            spaced(every)
+
+
+@pytest.mark.parametrize("every", [(1,), (2,), (5,)])
+def test_no_schedule_has_a_block_without_heads_merge(every):
+    vit = remove(make("vit", depth=5), Plan(heads=[[], None, None, [], None]))
+    best, candidates = schedule.choose(vit, ToMe, images(vit, 8), 0.99 * predicted_macs(ToMe(vit, 0)), every=every)
+    assert all(each.r[0] == each.r[3] == 0 < sum(each.r) == 16 - ToMe(vit, each.r).counts()[1][-1] + 1
+               for each in candidates)  # fmt: skip
+    assert best in candidates
 
 
 @pytest.mark.parametrize("shape", [[1.0] * 8, *(schedule.bell(8, *each) for each in BELLS)])
@@ -405,10 +417,12 @@ def test_a_schedule_is_looked_for_and_used_again(start, given, tmp_path):
     path = run.dir / "schedule.json"
     assert schedule.read(path) == best
     again = given(schedule_path=str(path))
-    assert merging.found(again, start, Ward) == (best, [best]) and schedule.read(again.dir / "schedule.json") == best
+    unseen = best._replace(kl_nats=None, images=0)  # by this run's images: it may be of another model
+    assert merging.found(again, start, Ward) == (unseen, [unseen])
+    assert schedule.read(again.dir / "schedule.json") == unseen
     foreign = best._replace(cost=9.87, unit="ms")  # of another machine
     path.write_text(foreign.to_json())
-    assert merging.found(again, start, Ward) == (best, [best]), "the cost is this model's"
+    assert merging.found(again, start, Ward) == (unseen, [unseen]), "the cost is this model's"
     other = tmp_path / "other.json"
     other.write_text(CHOSEN.to_json())
     with pytest.raises(params.ParameterError, match=r"other\.json is for 3 blocks: expected one for 4$"):

@@ -182,6 +182,24 @@ def test_what_is_neither_is_one_line(dense, tmp_path):
         dense("nowhere.pth", dataset="digits")
 
 
+def test_a_model_sees_pixels_as_its_own_statistics_say(dense, tmp_path):
+    """A CLIP is fed by its own mean and std, which no name stands for."""
+    weights(tmp_path / "w.pth", 1000)
+    start = dense(tmp_path / "w.pth")
+    own = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+    models.save(start.vit, tmp_path / "run" / "model", **start.about | own)
+    found = dense(tmp_path / "run", dataset="digits").images
+    assert (found.mean, found.std) == (own["mean"], own["std"]) != (start.images.mean, start.images.std)
+
+
+def test_both_heads_of_a_distilled_model_are_cut(hub):
+    vit = models.create("deit_tiny_distilled_patch16_224", 5, 32, "pretrained").eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = vit(x)[:, [4, 0]]
+        torch.testing.assert_close(models.of_classes(vit, [4, 0])(x), expected)
+
+
 def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_path):
     """Split anew, some that it has learnt from would be test images."""
     folder = pictures(tmp_path / "own", ["cat", "dog"])

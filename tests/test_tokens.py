@@ -11,6 +11,7 @@ from torch import nn
 
 from lib import blocks, evaluate
 from lib.pruners import rankings
+from lib.pruners.baselines import GridDrop, ToMe
 from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
 from lib.pruners.ucb import UCB
@@ -200,6 +201,15 @@ def test_bad_inputs_are_refused():
 def test_patches_without_fixed_places_are_refused_at_once(places, method):
     with pytest.raises(blocks.UnsupportedBlock, match="expected a fixed image size and position embedding$"):
         method(make("vit", **places))
+
+
+@pytest.mark.parametrize("method", [TokenPruner, lambda vit: ToMe(vit, 2), GridDrop], ids=["none", "tome", "grid"])
+@pytest.mark.parametrize("side", [32, 80])
+def test_images_of_another_size_are_refused_by_models_of_dynamic_size_too(side, method):
+    pruner = method(make("vit", dynamic_img_size=True))
+    assert pruner(images(pruner.vit)).isfinite().all()
+    with pytest.raises(ValueError, match=rf"^images give {side**2 // 256} patches: expected 64x64, 16$"):
+        pruner(torch.zeros(1, 3, side, side, dtype=torch.float64))
 
 
 def test_kept_count_is_not_fooled_by_floats():

@@ -231,6 +231,8 @@ def test_of_total_distributes():
     assert sum(ToMe.of_total(vit, 7.4).rs) == 7
     assert ToMe.of_total(vit, 40, every=5).rs == [13, 0, 0, 0, 0, 14, 0, 0, 0, 0, 13, 0]
     assert ToMe.of_total(vit, 9, every=99).rs == [9, *[0] * 11]
+    vit = remove(make("vit"), Plan(heads=[[], None, None]))
+    assert ToMe.of_total(vit, 9).rs == [0, 4, 5] and ToMe.of_total(vit, 9, every=2).rs == [0, 9, 0]
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_gap_224", "vit_small_patch14_reg4_dinov2"])

@@ -251,6 +251,16 @@ def test_predicted_macs_are_those_counted(method):
     assert predicted_macs(pruner) < evaluate.macs(visual, (3, 224, 224))["macs_g"]
 
 
+def test_views_are_made_once_and_go_with_a_copy():
+    one = Tower(make())
+    assert one.blocks is one.blocks and not any("blocks" in name and "visual" not in name for name in one.state_dict())
+    other = copy.deepcopy(one)
+    for parameter in other.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    assert other.blocks[0].norm1 is other.visual.transformer.resblocks[0].ln_1
+    assert one.blocks[0].norm1 is one.visual.transformer.resblocks[0].ln_1 is not other.blocks[0].norm1
+
+
 def test_reaching_works_on_towers():
     visual = make()
     dense = evaluate.macs(visual, (3, 64, 64))["macs_g"]

@@ -125,6 +125,24 @@ def test_kept_patches_are_parted(share, kept, expected):
     assert training_free.parted(share, kept) == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [({"latency_batch": 8}, "latency_batch is 8, but enable_pruning is off"),
+     ({"alpha": 0.1, "shares": []}, "alpha is 0.1, but enable_pruning is off and nothing is varied"),
+     ({"alpha": 0.1}, ""), ({}, ""), ({"latency_batch": 8, "enable_pruning": True}, "")],
+)  # fmt: skip
+def test_without_pruning_clip_refuses_what_nothing_uses(tmp_path, values, fault):
+    declaration = params.declared_in(Path(training_free.__file__).parents[1] / "notebooks" / "clip_zeroshot.ipynb")
+    values = {"output_dir": str(tmp_path), "run_name": "run", "enable_pruning": False, "shares": [0.5]} | values
+    run = runs.Run("clip_zeroshot", declaration, params.check(declaration, values))
+    if fault:
+        with pytest.raises(params.ParameterError, match=f"^{re.escape(fault)}: leave it out$"):
+            training_free.check_anchors(run)
+    else:
+        training_free.check_anchors(run)
+    run.close()
+
+
 def test_agreement_by_hand():
     labels = torch.tensor([0, 1, 1, 0])
     ours = Predictions(torch.tensor([[2.0, 1], [0, 3], [5, 1], [1, 0]]), labels)

@@ -120,12 +120,13 @@ class ToMe(TokenPruner):
 
     @classmethod
     def of_total(cls, vit: nn.Module, total: float, every: int = 1, **others: object) -> "ToMe":
-        """Merge `total` tokens in all, as evenly as whole numbers allow, over all blocks or, from the first on, each
-        `every`-th: fewer matchings are faster. others: of the constructor."""
-        r = [0] * len(TokenPruner(vit).vit.blocks)
-        merging = len(r[::every])
-        steps = [round(total * index / merging) for index in range(merging + 1)]
-        r[::every] = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        """Merge `total` tokens in all, as evenly as whole numbers allow, over the blocks that `merging` names: fewer
+        matchings are faster. others: of the constructor."""
+        blocks = TokenPruner(vit).vit.blocks
+        r, places = [0] * len(blocks), merging(blocks, every)
+        steps = [round(total * index / max(1, len(places))) for index in range(len(places) + 1)]
+        for place, before, after in zip(places, steps, steps[1:], strict=False):
+            r[place] = after - before
         return cls(vit, r, **others)
 
     @property
@@ -230,6 +231,13 @@ def merge(
     rows = partner + prefix + stays.shape[1] + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
     x.flatten(0, 1).index_add_(0, rows.flatten(), moved.flatten(0, 1))  # many may go into one
     return x, total.gather(1, left), left, goes, into
+
+
+def merging(blocks: Sequence[nn.Module], every: int) -> list[int]:
+    """Indices of the blocks that can merge, those with heads: the first, and each `every`-th of them from there on."""
+    if every < 1 or every != int(every):
+        raise ValueError(f"every is {every}: expected a whole number of blocks from 1")
+    return [index for index, block in enumerate(blocks) if block.attn.num_heads][::every]
 
 
 def head_sum(k: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ images can tell; a number for every block would fit the images.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from lib import blocks, costs
-from lib.pruners.baselines import ToMe
+from lib.pruners.baselines import ToMe, merging
 from lib.pruners.dropping import Unreachable, predicted_macs
 
 CENTRES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the depth
@@ -32,14 +32,14 @@ NAMES = ("r", "centre", "width", "kl_nats", "images", "cost", "unit")
 class Schedule(NamedTuple):
     """r: tokens merged per block. centre, width: of its bell, in shares of the depth; width None is even merging.
 
-    kl_nats: from the dense model, mean over `images` images. cost: of one image in GMACs, or of a batch in ms (`unit`).
-    every: only the first block and each `every`-th from there on merge.
+    kl_nats: from the dense model, mean over `images` images; None where none was asked. cost: of one image in GMACs, or
+    of a batch in ms (`unit`). every: of the blocks with heads only the first and each `every`-th from there on merge.
     """
 
     r: list[int]
     centre: float
     width: float | None
-    kl_nats: float
+    kl_nats: float | None
     images: int
     cost: float
     unit: str
@@ -72,11 +72,9 @@ def bell(depth: int, centre: float, width: float) -> list[float]:
     return [math.exp(-((((block + 0.5) / depth - centre) / width) ** 2) / 2) for block in range(depth)]
 
 
-def spaced(shape: Sequence[float], every: int) -> list[float]:
-    """A shape that is 0 but in the first block and every `every`-th from there on."""
-    if every < 1 or every != int(every):
-        raise ValueError(f"every is {every}: expected a whole number of blocks from 1")
-    return [0.0 if block % every else each for block, each in enumerate(shape)]
+def spaced(shape: Sequence[float], places: Collection[int]) -> list[float]:
+    """A shape that is 0 but in these blocks."""
+    return [each if block in places else 0.0 for block, each in enumerate(shape)]
 
 
 def fitted(shape: Sequence[float], patches: int, cost: Callable[[list[int]], float], limit: float) -> list[int] | None:
@@ -122,7 +120,7 @@ def choose(
     shapes = [(centre, width, bell(depth, centre, width)) for centre in CENTRES for width in WIDTHS]
     found: dict[tuple[int, ...], Schedule] = {}
     for step, (centre, width, shape) in product(every, [(0.5, None, [1.0] * depth), *shapes]):
-        r = fitted(spaced(shape, step), patches, lambda r: cost(make(vit, r)), limit)
+        r = fitted(spaced(shape, merging(vit.blocks, step)), patches, lambda r: cost(make(vit, r)), limit)
         if r is not None:
             found.setdefault(tuple(r), Schedule(r, centre, width, 0.0, 0, cost(make(vit, r)), unit, step))
     if not found:
@@ -160,7 +158,9 @@ def milliseconds(
     """
     depth = len(vit.blocks)
     patches = make(vit, [0] * depth).patches
-    shapes = [[1.0] * depth, spaced([1.0] * depth, 2), bell(depth, 0.25, 0.2), bell(depth, 0.6, 0.2)]
+    even, each, second = [1.0] * depth, merging(vit.blocks, 1), merging(vit.blocks, 2)
+    shapes = [spaced(shape, each) for shape in (even, bell(depth, 0.25, 0.2), bell(depth, 0.6, 0.2))]
+    shapes.insert(1, spaced(even, second))
     left = [0.7 * patches, 0.4 * patches, 0.1 * patches]
     schedules = [fitted(shape, patches, lambda r: patches - sum(r), most) for most in left for shape in shapes]
     pruners = {str(place): make(vit, r) for place, r in enumerate([[0] * depth, *filter(None, schedules)])}

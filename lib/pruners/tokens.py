@@ -120,7 +120,13 @@ class TokenPruner(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, D) as they enter the first block."""
-        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+        if x.shape[1] != self.prefix + self.patches:  # of dynamic size: what knows places and numbers would be wrong
+            height, width = self.vit.patch_embed.img_size
+            raise ValueError(
+                f"images give {x.shape[1] - self.prefix} patches: expected {height}x{width}, {self.patches}"
+            )
+        return x
 
     def checkpointed(self, step: Callable, *arguments: Any) -> Any:
         """step(*arguments), recomputed in the backward pass where the ViT's gradient checkpointing is on."""
