@@ -44,7 +44,7 @@ rule notebook:
         values=lambda wildcards: json.dumps(PLANNED(wildcards).parameters),
     shell:
         "python -m lib.sweeps {wildcards.notebook} {OUTPUT}/{wildcards.notebook}/{wildcards.run} {params.values:q}"
-        " {threads} {resources.gpu} {input.upstream:q}"
+        " {threads} {resources.gpu} {input.files:q} {input.upstream:q}"
 
 
 rule report:

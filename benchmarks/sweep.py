@@ -15,9 +15,11 @@ import pandas as pd
 
 
 def timings(output: Path) -> pd.DataFrame:
-    """A row per executed notebook below a sweep's output folder: start, end, seconds and start_s."""
+    """A row per notebook of a sweep that came to its end, in its output folder: start, end, seconds and start_s."""
     rows = []
-    for file in sorted(output.glob("*/*/notebook.ipynb")):
+    for file in sorted(file.with_name("notebook.ipynb") for file in output.glob("*/*/DONE")):
+        if not file.exists():  # made by papermill itself
+            continue
         notebook = json.loads(file.read_text())
         facts = notebook["metadata"]["papermill"]
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

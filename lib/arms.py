@@ -83,7 +83,10 @@ def _images(run: Run, table: pd.DataFrame) -> Any:
     """The data of the runs, or without runs that of the parameters."""
     if len(table):
         run.refuse("img_size", because="the runs bring their images")
-        return data.load(**_about(table.run[0])["data"], root=root() / "data")
+        about = _about(table.run[0])
+        images = data.load(**about["data"], root=root() / "data")
+        starts.unchanged(about, images)
+        return images
     if not run.params["dataset"]:
         raise CompareError("dataset is empty, and no run says which images: expected a name or path")
     dataset, size = resolve(run.params["dataset"]), run.params["img_size"] or None

@@ -51,6 +51,11 @@ def check(vit: nn.Module) -> None:
             raise UnsupportedBlock(f"blocks.{index}.attn is a {name_of(block.attn)}: expected timm's Attention")
 
 
+def classifying(vit: nn.Module) -> int:
+    """How many tokens a head without pooling reads, from the first on: the class token, of a distilled DeiT two."""
+    return 2 if hasattr(vit, "dist_token") else 1
+
+
 def check_removable(block: Block, *, heads: bool, neurons: bool) -> None:
     """Raise UnsupportedBlock where some heads or neurons of a block cannot go without changing what the others do."""
     if heads and not isinstance(getattr(block.attn, "norm", None), nn.Identity | None):

@@ -46,8 +46,17 @@ def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
         mean, half = evaluate.mean_ci(runs[metric])
         row = {"arm": arm, "method": first.method, "keep_ratio": first.keep_ratio, "seeds": len(runs), metric: mean}
         row |= {"±": half, "difference": mean - table[metric][table.arm == against].mean()}
-        row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"], "macs_g": first.macs_g}
-        shown = ("f1_macro", "params_m", "latency_ms", "speedup", "of_ceiling", "mean_depth", "foreground_recall")
+        row |= {"p": evaluate.mcnemar(_correct(first.run), reference)["p_value"]}
+        shown = (
+            "macs_g",
+            "f1_macro",
+            "params_m",
+            "latency_ms",
+            "speedup",
+            "of_ceiling",
+            "mean_depth",
+            "foreground_recall",
+        )
         row |= {name: float(runs[name].mean()) for name in shown if name in table}
         rows.append({**row, "n_test": int(first.n)})
     found = pd.DataFrame(rows)

@@ -110,8 +110,8 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
         if hasattr(model, "counts"):
             tokens = model.counts()[1]
         else:
-            kept = model.trace(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device)).kept
-            tokens = [max(1, model.prefix + round(float(np.mean([len(ids) for ids in block])))) for block in kept]
+            running = model.tokens(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device))
+            tokens = running.double().mean(dim=1).round().clamp(min=1).int().tolist()  # of images that have left, 0
         whole = not hasattr(model, "counts")  # A-ViT's tokens leave between blocks
         found[name] = FirstTokens(model.vit, np.minimum.accumulate(tokens).tolist(), whole_blocks=whole).eval()
     return found

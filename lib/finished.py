@@ -96,9 +96,10 @@ def read(run: str | Path, name: str) -> dict[str, Any]:
 
 
 def side_by_side(folders: Sequence[str | Path], digest: str) -> pd.DataFrame:
-    """The scores of runs on the images of this digest, one row each; what is left out is printed with the reason."""
+    """The scores of runs on the images of this digest, one row each, whatever names it twice; what is left out is
+    printed with the reason."""
     rows = []
-    for folder in folders:
+    for folder in {Path(folder).resolve(): folder for folder in folders}.values():
         try:
             facts, metrics = read(folder, "provenance"), read(folder, "metrics")
         except CompareError as error:

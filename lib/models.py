@@ -201,6 +201,8 @@ def describe(model: nn.Module) -> dict:
     if not isinstance(model, VisionTransformer) or not hasattr(model, "pretrained_cfg"):  # timm.create_model sets it
         raise ModelError(f"cannot describe a {type(model).__name__}: make models by lib.models.create")
     embed, first = model.patch_embed, model.blocks[0]
+    if not hasattr(first.mlp, "fc1"):
+        raise ModelError(f"cannot describe a {type(first.mlp).__name__}: make models by lib.models.create")
     return {
         "arch": model.pretrained_cfg["architecture"],
         "num_classes": model.num_classes,

@@ -243,14 +243,14 @@ def _distribution(parameter: params.Parameter, given: dict | list) -> distributi
 
 
 def _measured(folder: Path, epoch: str) -> dict[str, float]:
-    """What may decide: the val_… of the epoch whose weights stayed, and of metrics.json; and its costs."""
-    found, log = json.loads((folder / "metrics.json").read_text()), folder / "metrics.jsonl"
+    """What may decide: the val_… of metrics.json, or of the epoch whose weights stayed; and its costs."""
+    found, log, metrics = {}, folder / "metrics.jsonl", json.loads((folder / "metrics.json").read_text())
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rows = [row for row in rows if row.get("state") == rows[-1].get("state")]  # RSST and Refill: of their last state
     if rows and epoch == "best":  # as lib.train ranks them
-        found |= max(rows, key=lambda row: (row["val_top1"], -row["val_nll_nats"]))
+        found = max(rows, key=lambda row: (row["val_top1"], -row["val_nll_nats"]))
     elif rows:
-        found |= rows[-1]
+        found = rows[-1]
+    found = found | metrics  # RSST and Refill say there what their cut model does, and log what the uncut one did
     return {name: value for name, value in found.items() if name.startswith("val_") or name in COSTS}
 
 

@@ -1,6 +1,7 @@
 """Where a method's notebook starts: a dense model with the data it was trained on, found, made or new."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo
@@ -46,7 +47,8 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
 
 
 def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
-    """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say."""
+    """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say; its
+    path is that of a run alone."""
     params = {making: run.params[making] for making in MAKING if making in run.params}
     weights = runs.resolve(weights)
     size = params["img_size"] or None
@@ -59,8 +61,8 @@ def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
         return Start("", vit, images, about)
     before = models.header(weights)["metadata"]
     if before.get("data") == about["data"]:
-        _unchanged(before, images)
-    return Start(weights, vit, images, about)
+        unchanged(before, images)
+    return Start(weights if Path(weights).is_dir() else "", vit, images, about)
 
 
 def published(run: runs.Run, weights: str) -> Start:
@@ -88,7 +90,7 @@ def published(run: runs.Run, weights: str) -> Start:
 def load(about: dict[str, Any]) -> Any:
     """The data that a model's metadata names, as the model was fed it; DataError where other images are there now."""
     images = as_fed(data.load(**about["data"], root=runs.root() / "data"), about, about["normalise"])
-    _unchanged(about, images)
+    unchanged(about, images)
     return images
 
 
@@ -99,7 +101,7 @@ def as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
     return images.normalised(normalise)
 
 
-def _unchanged(about: dict[str, Any], images: Any) -> None:
+def unchanged(about: dict[str, Any], images: Any) -> None:
     """DataError where a model was trained on other images than these: split anew, some would be tested on that it
     learnt from."""
     if about.get("digest", images.digest) != images.digest:

@@ -33,7 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib import params
+from lib import params, runs
 
 KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
 STATES = ("last", "parts")  # where a run keeps what it goes on from
@@ -122,6 +122,8 @@ def _combinations(given: dict[str, Any], declared: dict[str, params.Parameter]) 
     whole = {name for name, one in declared.items() if one.type is list and not any(
              isinstance(value, list) for value in (given.get(name) or []))}  # fmt: skip
     lists = {name: values for name, values in given.items() if isinstance(values, list) and name not in whole}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise SweepError(f"{empty[0]} is an empty list: expected values")
     for combination in itertools.product(*lists.values()):
         yield dict(zip(lists, combination, strict=True))
 
@@ -183,12 +185,13 @@ def run(
     """papermill's exit code, after it ran a notebook with its executed copy, log and results in `folder`.
 
     A run that was finished once is here because its notebook, lib/ or parameters changed: it starts anew. One that was
-    stopped goes on from its last state, unless what it starts from (upstream: files) was made again since. Threads of
-    torch are `threads`; a run that wants GPUs waits for as many.
+    stopped goes on from its last state, unless what it starts from (upstream: files) was made again since, or it had
+    other parameters. Threads of torch are `threads`; a run that wants GPUs waits for as many.
     """
     began, name = time.monotonic(), f"{notebook}/{folder.name}"
     states = [file.stat().st_mtime for old in STATES for file in (folder / old).rglob("*") if file.is_file()]
     outdated = max((Path(file).stat().st_mtime for file in upstream), default=0.0) > max(states, default=math.inf)
+    outdated |= _other_parameters(notebook, folder, values)
     if outdated or (folder / "provenance.json").exists():
         for old in STATES:
             shutil.rmtree(folder / old, ignore_errors=True)
@@ -206,6 +209,15 @@ def run(
         return failed or 1
     print(f"{time.strftime('%T')} done  {name} ({time.monotonic() - began:.0f} s)", flush=True)
     return 0
+
+
+def _other_parameters(notebook: str, folder: Path, values: dict[str, Any]) -> bool:
+    """Whether what lies in a run's folder was begun with other parameters than these."""
+    file = folder / "params.json"
+    if not file.exists():
+        return False
+    now = params.check(params.declared_in(Path("notebooks") / f"{notebook}.ipynb"), values)
+    return runs.identity(json.loads(file.read_text())) != runs.identity(now)
 
 
 def unfinished(output: Path, runs: dict[str, Planned]) -> list[str]:
@@ -231,11 +243,13 @@ def leased(number: int) -> Iterator[dict[str, str]]:
         return
     if number > len(there):
         raise SweepError(f"a run wants {number} GPUs: this machine shows {len(there)}")
+    known = uuids()  # Slurm may show each job its own GPU as number 0
     held: list[tuple[str, FileLock]] = []
     try:
         while len(held) < number:
             for device in there:
-                lock = FileLock(Path(tempfile.gettempdir()) / f"vit-efficiency-{os.getuid()}-gpu-{device}.lock")
+                name = known.get(device, device)
+                lock = FileLock(Path(tempfile.gettempdir()) / f"vit-efficiency-{os.getuid()}-gpu-{name}.lock")
                 with contextlib.suppress(Timeout):
                     if len(held) < number and device not in {one for one, _ in held}:
                         lock.acquire(timeout=0)
@@ -252,10 +266,18 @@ def leased(number: int) -> Iterator[dict[str, str]]:
 
 def gpus_here() -> list[str]:
     """The numbers of this machine's GPUs, as nvidia-smi lists them."""
+    return re.findall(r"^GPU (\d+):", _listed(), re.MULTILINE)
+
+
+def uuids() -> dict[str, str]:
+    """By which name a GPU of this number is known to all processes of this machine, as nvidia-smi lists them."""
+    return dict(re.findall(r"^GPU (\d+):.*\(UUID: (\S+)\)", _listed(), re.MULTILINE))
+
+
+def _listed() -> str:
     with contextlib.suppress(OSError):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
-    return []
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return ""
 
 
 if __name__ == "__main__":

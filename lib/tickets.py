@@ -28,13 +28,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lib import evaluate, models, params, runs, train
+from lib import blocks, evaluate, models, params, runs, train
 from lib.pruners import lottery, units
 from lib.pruners.surgery import Plan, remove
 from lib.resnet import ResNet20
 from lib.starts import Start
 
 DRIVEN_OUT = 1e-3  # norm of the weights on their way out over that of the others, below which cutting them is harmless
+SCORES = ("top1", "f1_macro", "nll_nats", "n", "macs_g", "params_m", "val_top1", "val_nll_nats")
 EDGES = np.linspace(-9, 1, 51)  # of the histograms of log10|w|
 
 
@@ -108,6 +109,8 @@ class _Tickets:
         if fault:
             run.close()
             raise params.ParameterError(fault)
+        for block in [] if isinstance(self.initial, ResNet20) else self.initial.blocks:
+            blocks.check_removable(block, heads="head" in self.kinds, neurons="neuron" in self.kinds)
 
     def _counts(self, kind: str) -> list[int]:
         """How many units of a kind every state keeps of the whole model."""
@@ -227,6 +230,9 @@ class _Tickets:
     def _measure(self, state: int, small: nn.Module, target: Plan, mask: dict[str, Tensor] | None) -> dict[str, Any]:
         """The row of a state: the cut model's accuracy on the test images, its size, and how much of it is gone."""
         scores, _ = evaluate.test(small.to(evaluate.device()), self.images)
+        if len(self.images.val):  # what a search may decide by: the log's are of the model before it was cut
+            val, _ = evaluate.test(small, self.images, split="val")
+            scores |= {f"val_{name}": val[name] for name in ("top1", "nll_nats")}
         small.cpu()
         shares = target.shares(self.initial)
         weights = units.prunable(small)
@@ -242,7 +248,7 @@ class _Tickets:
             "heads_kept": shares["head"],
             "neurons_kept": shares["neuron"],
             "plan": {"heads": target.heads, "neurons": target.neurons},
-            **{name: scores[name] for name in ("top1", "f1_macro", "nll_nats", "n", "macs_g", "params_m")},
+            **{name: scores[name] for name in SCORES if name in scores},
         }
 
     def _select(
@@ -274,6 +280,8 @@ class _Tickets:
         """Scores of the body's units in the numbering of the initial model; −inf for what is removed already."""
         wide = units.per_unit(self.initial, {})
         for kind, there, stays in (("head", body.heads, target.heads), ("neuron", body.neurons, target.neurons)):
+            if kind not in self.kinds:
+                continue
             wide[kind] += -torch.inf
             for row, score, own, kept in zip(wide[kind], scores[kind], there, stays, strict=True):
                 row[own] = score[: len(own)]
@@ -285,13 +293,15 @@ class _Tickets:
         return found["top1"]
 
     def untouched(self) -> str:
-        """The digest of the initial weights; RunError where it is not that of the search's start."""
+        """The digest of the initial weights; RunError where it, or that of the images, is not the search's start's."""
         file, digest = self.run.dir / "parts" / "initial.json", models.sha1(self.initial.state_dict())
+        now = {"sha1": digest, "images": self.images.digest}
         if not file.exists():
-            runs.write_json(file, {"sha1": digest})
-        if json.loads(file.read_text())["sha1"] != digest:
-            self.run.close()
-            raise runs.RunError("the initial weights are not those that this run began with: choose another run_name")
+            runs.write_json(file, now)
+        for name, what in (("sha1", "initial weights"), ("images", "images")):
+            if json.loads(file.read_text()).get(name, now[name]) != now[name]:
+                self.run.close()
+                raise runs.RunError(f"the {what} are not those that this run began with: choose another run_name")
         return digest
 
     def _warn(self, row: dict[str, Any]) -> None:

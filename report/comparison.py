@@ -98,7 +98,7 @@ def rows(metrics: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     }
     speed = {row["model"]: row for row in metrics.get("speed", [])}
     for row in metrics.get("summary", []):
-        row = dict(row)
+        row = dict(row) | {"difference_of_means": 100 * row["difference"]}
         for table in by_arm.values():
             row |= table.get(row["arm"], {})
         row["speedup_iqr"] = speed.get(row["arm"], {}).get("speedup_iqr")
@@ -117,9 +117,10 @@ def rows(metrics: dict[str, Any], metric: str) -> list[dict[str, Any]]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """ "better" or "worse" than the baseline, "" where they are not told apart."""
+    """ "better" or "worse" than the baseline, "" where they are not told apart: by the first seed, if the mean over
+    seeds does not say the opposite."""
     p = row.get("p_holm", row.get("p"))
-    if p is None or p >= SURE or row["difference"] == 0:
+    if p is None or p >= SURE or row["difference"] * row["difference_of_means"] <= 0:
         return ""
     return "better" if row["difference"] > 0 else "worse"
 
@@ -133,14 +134,16 @@ def sure(row: dict[str, Any]) -> str:
         "better": "Better than the baseline",
         "worse": "Worse than the baseline",
     }
-    said = [f"{named[row['verdict']]}: {row['difference']:+.1f} points"]
+    by = "" if row["seeds"] == 1 else ", by the first seed"
+    said = [f"{named[row['verdict']]}{by}: {row['difference']:+.1f} points"]
     if row.get("low") is not None:
         said[0] += f", 95 % interval {row['low']:+.1f} to {row['high']:+.1f}, p {_relation(row['p_holm_text'])}."
     else:
         said[0] += f", p {_relation(row['p_text'])}, not corrected for many comparisons."
     if row.get("difference_random") is not None:
         said.append(f"{row['difference_random']:+.1f} to random choices at the same cost.")
-    said.append("One training run: another seed may differ." if row["seeds"] == 1 else f"{row['seeds']} seeds.")
+    said.append("One training run: another seed may differ." if row["seeds"] == 1
+                else f"Means over {row['seeds']} seeds: {row['difference_of_means']:+.1f}.")  # fmt: skip
     return signed(" ".join(said))
 
 

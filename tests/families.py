@@ -21,12 +21,13 @@ FAMILIES = {
     "attention pooling": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
     "scaled norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
 }
+OTHERS = {"distilled": ("deit_tiny_distilled_patch16_224", {})}  # its head reads two tokens
 WITHOUT_CLASS_TOKEN = ("no class token", "registers, mean pooling", "attention pooling")
 
 
 def make(name: str, **overrides) -> nn.Module:
     """A three-block float64 model of a family in evaluation mode; biases and scales are random and not zero."""
-    arch, own = FAMILIES[name]
+    arch, own = (FAMILIES | OTHERS)[name]
     settings = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 7} | own | overrides
     vit = timm.create_model(arch, **settings).double().eval()
     generator = torch.Generator().manual_seed(0)

@@ -186,6 +186,20 @@ def test_some_kinds_alone(rule, parts, group_size):
     assert {each.part.kind for each in found} == {*parts} and any(each.removed for each in found)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_head_that_reads_two_tokens(rule):
+    vit = make("distilled")
+    x = [images(vit, 10)]
+    assert_agree(decide(vit, x, 0.05, rule), acdc.naive(vit, x, 0.05, rule))
+
+
+def test_a_journal_of_a_model_in_half_precision(tmp_path):
+    vit = make("vit").bfloat16()
+    x, journal = [images(vit, 4).bfloat16()], tmp_path / "search.jsonl"
+    found = decide(vit, x, 0.05, journal=journal)
+    assert found and decide(vit, x, 0.05, journal=journal) == found
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_effects_are_those_of_single_removals(case):
     vit = model(case)

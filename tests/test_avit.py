@@ -404,6 +404,15 @@ def test_gather_equals_mask(family, batch):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_distilled_models_halt_as_others_do(mode):
+    vit = make("distilled")
+    x, model = images(vit, 5), AViT(vit, 2, 1, mode=mode).eval()
+    torch.testing.assert_close(AViT(vit, 5, math.inf, mode=mode).eval()(x), vit(x), **CLOSE)
+    torch.testing.assert_close(model(x), AViT(vit, 2, 1, mode="mask").eval()(x), **CLOSE)
+    assert (model(x) - vit(x)).abs().max() > 1e-4 and len(model.trace(x).depth.unique()) > 1
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_does_not_depend_on_its_batch(family, mode):
     model = avit(family, mode)

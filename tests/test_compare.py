@@ -26,6 +26,13 @@ def table(tmp_path) -> pd.DataFrame:
     return compare.with_speed(table, speed)
 
 
+def test_costs_of_an_arm_are_means_over_its_seeds(table):
+    """A-ViT and ACDC cost another number of multiply-adds with each seed."""
+    table.loc[table.run.str.endswith("ucb1"), "macs_g"] = 0.9
+    found = compare.summary(table, "top1", "dense").set_index("arm").macs_g
+    assert found["ucb 0.5"] == pytest.approx(0.7) and found["random 0.5"] == 0.5
+
+
 def test_summary(table):
     found = compare.summary(table, "top1", "dense").set_index("arm")
     assert found.loc["ucb 0.5", ["seeds", "top1", "speedup"]].tolist() == [2, pytest.approx(0.8), 2.0]

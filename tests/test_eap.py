@@ -392,3 +392,10 @@ def test_bad_arguments_are_one_clear_line(arguments, fault):
 def test_bad_numbers_are_one_clear_line(how, fault):
     with pytest.raises(ValueError, match=fault):
         found(make("vit", depth=1), "ig" if "steps" in how else "fisher", **how)
+
+
+@pytest.mark.parametrize("objective", eap.OBJECTIVES)
+def test_a_kind_that_is_gone_from_all_blocks_has_no_scores(objective):
+    vit = remove(make("vit"), Plan(neurons=[[], [], []]))
+    found = eap.scores(vit, [(images(vit, 4), torch.arange(4))], objective)
+    assert found["neuron"].shape == (3, 0) and found["head"].isfinite().all() and (found["head"] != 0).any()

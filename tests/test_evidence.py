@@ -17,7 +17,7 @@ from lib.pruners.anchors import Anchors
 from lib.pruners.avit import AViT
 from lib.pruners.baselines import EViT, RandomDrop, ToMe, TopK
 from lib.pruners.dropping import FirstTokens
-from lib.pruners.tokens import FixedPatches, TokenPruner, Trace
+from lib.pruners.tokens import FixedPatches, TokenPruner
 
 
 def four_blocks(**overrides) -> torch.nn.Module:
@@ -275,10 +275,9 @@ def test_a_ceiling_keeps_a_token_where_all_images_have_left(tiny_images):
 class Fickle(TokenPruner):
     """Keeps 3 and 5 patches of every other image in one block, more in the next, and fewer in those that follow."""
 
-    def trace(self, images: torch.Tensor) -> Trace:
-        counts = [(3, 5), (7, 9), (2, 2), (5, 5)]
-        kept = [[torch.arange(block[image % 2]) for image in range(len(images))] for block in counts]
-        return Trace(torch.zeros(len(images), 3), kept, torch.zeros(len(images), self.patches))
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        counts = torch.tensor([(3, 5), (7, 9), (2, 2), (5, 5)])
+        return 1 + counts[:, torch.arange(len(images)) % 2]
 
 
 def test_counts_of_a_ceiling_never_rise(tiny_images, monkeypatch):

@@ -185,6 +185,13 @@ def test_starts_that_differ_in_seed_alone_are_one_arm(tmp_path):
     assert arms(tmp_path)[0] == {"ucb 0.5": [0, 1]}
 
 
+def test_a_run_that_is_named_twice_stands_there_once(tmp_path, monkeypatch):
+    one, other = run(tmp_path, "avit/one"), run(tmp_path, "avit/other")
+    monkeypatch.chdir(tmp_path)
+    found = finished.side_by_side([one, "avit/one", other, one], "d")
+    assert found.run.tolist() == [str(one), str(other)]
+
+
 def test_what_is_left_out_says_why(tmp_path):
     run(tmp_path, "a/one")
     run(tmp_path, "a/two", seed=1)

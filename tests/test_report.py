@@ -287,3 +287,19 @@ def test_the_console_is_heard(out, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<!doctype html><script>nothing.there</script></html>")
     assert any("nothing is not defined" in line for line in open_in(BROWSER, page, 390, "return {}")[1])
+
+
+@pytest.mark.parametrize(
+    ("first", "mean", "said"),
+    [(0.02, 0.01, "Better than the baseline, by the first seed: +2.0 points"),
+     (0.02, -0.01, "Not told apart from the baseline, by the first seed: +2.0 points")],
+)  # fmt: skip
+def test_what_one_seed_says_is_not_said_of_all(monkeypatch, first, mean, said):
+    monkeypatch.syspath_prepend(ROOT / "report")
+    import comparison
+
+    arm = {"arm": "ucb 0.5", "method": "ucb", "seeds": 3, "top1": 0.9, "±": 0.01, "difference": mean, "p": 0.01}
+    paired = {"arm": "ucb 0.5", "difference": first, "low": 0.01, "high": 0.03, "p_holm": 0.01}
+    (row,) = comparison.rows({"summary": [arm], "paired": [paired], "baseline": "dense 1"}, "top1")
+    assert comparison.sure(row).startswith(said)
+    assert comparison.sure(row).endswith(f"Means over 3 seeds: {'+' if mean > 0 else '−'}1.0.")

@@ -182,6 +182,15 @@ def test_what_is_neither_is_one_line(dense, tmp_path):
         dense("nowhere.pth", dataset="digits")
 
 
+def test_what_starts_from_the_shipped_checkpoint_is_no_runs_model_trained_on(tmp_path):
+    """Or dense.ipynb would call each first training "tuned"."""
+    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
+    run = runs.Run("dense", declaration, params.check(declaration, {"output_dir": str(tmp_path)}))
+    assert run.params["weights"] == "checkpoints/vit_digits.safetensors"
+    assert starts.initial(run, run.params["weights"]).path == ""
+    run.close()
+
+
 def test_a_model_sees_pixels_as_its_own_statistics_say(dense, tmp_path):
     """A CLIP is fed by its own mean and std, which no name stands for."""
     weights(tmp_path / "w.pth", 1000)
@@ -215,8 +224,8 @@ def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_
 
     start = initial("", "one")
     file = models.save(start.vit, tmp_path / "run" / "model", **start.about)
-    for where, name in ((tmp_path / "run", "two"), (file, "by-its-file")):
-        assert initial(where, name).path == str(where)
+    assert initial(tmp_path / "run", "two").path == str(tmp_path / "run")
+    assert initial(file, "by-its-file").path == "", "no run: what it becomes is not called a run's model, tuned"
     assert dense(tmp_path / "run", dataset="digits").images.digest == start.images.digest
     Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "own" / "cat" / "more.png")
     changed = "dataset own holds other images than when this model was trained"

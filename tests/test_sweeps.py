@@ -252,6 +252,23 @@ def test_what_a_lease_shows_where_there_is_nothing_to_lease(two_gpus, monkeypatc
             assert shown == ({"CUDA_VISIBLE_DEVICES": "5"} if listed else {})
 
 
+def test_a_lease_is_of_a_gpu_not_of_its_number(two_gpus, monkeypatch):
+    """Slurm may show every job its own GPU as number 0."""
+    shown = {"0": "GPU-here"}
+    monkeypatch.setattr(sweeps, "uuids", lambda: shown)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with sweeps.leased(1) as one:
+        shown = {"0": "GPU-there"}
+        with sweeps.leased(1) as other:
+            assert one == other == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_gpus_are_read_as_nvidia_smi_lists_them(monkeypatch):
+    listed = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a-1)\nGPU 12: Tesla T4 (UUID: GPU-b-2)\n"
+    monkeypatch.setattr(sweeps, "_listed", lambda: listed)
+    assert sweeps.gpus_here() == ["0", "12"] and sweeps.uuids() == {"0": "GPU-a-1", "12": "GPU-b-2"}
+
+
 def test_a_run_that_wants_more_gpus_than_there_are_says_so_in_one_line(two_gpus, tmp_path):
     command = [sys.executable, "-m", "lib.sweeps", "dense", str(tmp_path / "run"), "{}", "1", "3"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -404,6 +421,10 @@ def test_a_stopped_run_goes_on_unless_what_it_starts_from_was_made_again(project
     shutil.rmtree(second / "last")
     stopped()
     (project / "lib" / "inner.py").write_text("# two")  # first imports it
+    assert snakemake(project, sweep).returncode == 0
+    assert "(new)" in (second / "notebook.ipynb").read_text()
+    stopped()  # and then asked for something else
+    sweep = written(project, {"name": "s", "stages": [stages[0], stages[1] | {"parameters": {"fault": "other"}}]})
     assert snakemake(project, sweep).returncode == 0
     assert "(new)" in (second / "notebook.ipynb").read_text()
 

@@ -154,7 +154,7 @@ def _identity(vit: nn.Module, batches: list[Tensor], tried: list[Component], thr
     """A digest of all that a search's decisions depend on."""
     found = hashlib.sha1(repr((threshold, rule, [(part.kind, part.block, part.units) for part in tried])).encode())
     for tensor in (*vit.state_dict().values(), *batches):
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

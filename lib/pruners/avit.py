@@ -163,7 +163,7 @@ class AViT(TokenPruner):
     def _read(self) -> slice:
         """The tokens whose outputs the head reads: an image runs as long as one of them does."""
         if self.vit.global_pool == "token":
-            return slice(0, 1)
+            return slice(0, blocks.classifying(self.vit))
         with_prefix = getattr(self.vit, "pool_include_prefix", self.vit.attn_pool is not None)  # as older timm pools
         return slice(0 if with_prefix or not self.vit.global_pool else self.prefix, None)
 

@@ -94,8 +94,9 @@ def _at_one(
 
 
 def _slopes(value: Tensor, gate: dict[str, Tensor]) -> dict[str, Tensor]:
-    """∂value/∂gate in float64; images do not mix, so each has its own row."""
-    found = torch.autograd.grad(value, [*gate.values()], retain_graph=True)
+    """∂value/∂gate in float64; images do not mix, so each has its own row. Of a kind that is gone everywhere nothing
+    comes of its gates."""
+    found = torch.autograd.grad(value, [*gate.values()], retain_graph=True, materialize_grads=True)
     return dict(zip(gate, (slope.double() for slope in found), strict=True))
 
 

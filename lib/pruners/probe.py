@@ -200,7 +200,7 @@ class Probe:
 
     @property
     def _reads_one(self) -> bool:
-        return self.vit.global_pool == "token"
+        return self.vit.global_pool == "token" and blocks.classifying(self.vit) == 1
 
     def _rows(self, x: Tensor, dim: int = 1) -> Tensor:
         """The tokens of x that anything reads: one where no block follows and the head reads the class token."""
