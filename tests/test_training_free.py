@@ -55,6 +55,19 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
         assert type(pruner.k_anchors) is int
 
 
+def refused(folder, notebook, check, values, fault):
+    """A run of this notebook with these values is refused with this fault, or where it is "", is not."""
+    declaration = params.declared_in(Path(training_free.__file__).parents[1] / "notebooks" / f"{notebook}.ipynb")
+    values = params.check(declaration, {"output_dir": str(folder), "run_name": "run", **values})
+    run = runs.Run(notebook, declaration, values)
+    if fault:
+        with pytest.raises(params.ParameterError, match=f"^{re.escape(fault)}: leave it out$"):
+            check(run)
+    else:
+        check(run)
+    run.close()
+
+
 @pytest.mark.parametrize(
     ("values", "fault"),
     [({"method": "tome", "keep_ratio": 0.3}, "keep_ratio is 0.3, but method is 'tome'"),
@@ -81,15 +94,7 @@ def test_methods_are_built_as_the_rules_say(start, rules, kind, arguments):
      ({"alpha": 0.1, "ceilings": [], "shares": [0.5]}, "")],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(tmp_path, values, fault):
-    declaration = params.declared_in(Path(training_free.__file__).parents[1] / "notebooks" / "token_baselines.ipynb")
-    values = params.check(declaration, {"output_dir": str(tmp_path), "run_name": "run", **values})
-    run = runs.Run("token_baselines", declaration, values)
-    if fault:
-        with pytest.raises(params.ParameterError, match=f"^{re.escape(fault)}: leave it out$"):
-            training_free.check(run)
-    else:
-        training_free.check(run)
-    run.close()
+    refused(tmp_path, "token_baselines", training_free.check, values, fault)
 
 
 def test_a_price_is_met_by_merging_in_some_blocks_only(start):
@@ -132,15 +137,8 @@ def test_kept_patches_are_parted(share, kept, expected):
      ({"alpha": 0.1}, ""), ({}, ""), ({"latency_batch": 8, "enable_pruning": True}, "")],
 )  # fmt: skip
 def test_without_pruning_clip_refuses_what_nothing_uses(tmp_path, values, fault):
-    declaration = params.declared_in(Path(training_free.__file__).parents[1] / "notebooks" / "clip_zeroshot.ipynb")
-    values = {"output_dir": str(tmp_path), "run_name": "run", "enable_pruning": False, "shares": [0.5]} | values
-    run = runs.Run("clip_zeroshot", declaration, params.check(declaration, values))
-    if fault:
-        with pytest.raises(params.ParameterError, match=f"^{re.escape(fault)}: leave it out$"):
-            training_free.check_anchors(run)
-    else:
-        training_free.check_anchors(run)
-    run.close()
+    values = {"enable_pruning": False, "shares": [0.5]} | values
+    refused(tmp_path, "clip_zeroshot", training_free.check_anchors, values, fault)
 
 
 def test_agreement_by_hand():
