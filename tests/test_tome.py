@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from families import FAMILIES, images, make
+from families import FAMILIES, WITHOUT_CLASS_TOKEN, images, make
 
 from lib import evaluate
 from lib.pruners.baselines import ToMe, follow, merge
@@ -118,6 +118,17 @@ def test_gradients_are_the_papers(family):
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "distilled"])
+def test_the_last_block_is_matched_only_where_patches_are_read(family, monkeypatch):
+    vit, matched = make(family), []
+    x, pruner, likeness = images(vit), ToMe(vit, [3, 2, 2]), ToMe._likeness
+    monkeypatch.setattr(ToMe, "_likeness", lambda self, *given: matched.append(0) or likeness(self, *given))
+    logits = pruner(x)
+    assert len(matched) == (3 if family in WITHOUT_CLASS_TOKEN else 2)
+    torch.testing.assert_close(logits, pruner.run(x)[0], **CLOSE)
+    assert len(matched) == (6 if family in WITHOUT_CLASS_TOKEN else 5), "who asks for places gets those of all blocks"
 
 
 def test_deeper_models_merge_on():
@@ -243,7 +254,8 @@ def test_predicted_macs_are_those_counted_and_fall(arch):
     for r in (6, 16):
         counted, predicted = evaluate.macs(ToMe(vit, r), (3, 224, 224))["macs_g"], predicted_macs(ToMe(vit, r))
         assert predicted == pytest.approx(counted, rel=0.02)
-        running = [count - vit.num_prefix_tokens for count in ToMe(vit, r).counts()[0]]
+        matched = ToMe(vit, r).counts()[0][: -1 if vit.global_pool == "token" else None]
+        running = [count - vit.num_prefix_tokens for count in matched]
         selecting = sum((n // 2) * (n - n // 2) * vit.blocks[0].attn.head_dim for n in running if n > 1)
         assert round((counted - predicted) * 1e9) == selecting, "cosines of A and B"
         assert predicted < before

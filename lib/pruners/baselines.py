@@ -144,29 +144,39 @@ class ToMe(TokenPruner):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
-        return self._head(*self._blocks(images))
+        return self._head(*self._blocks(images, told=self._pools))
 
     def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits (B, classes), and per block the ids of its tokens (B, n) and which of them each patch is in (B, P)."""
         x, moves = self._blocks(images)
         return self._head(x, moves), self._followed(x, moves)
 
-    def _blocks(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Tokens after the last block, and what moved in each."""
-        x, size, moves = self.embed(images), None, []
-        for block, r in zip(self.vit.blocks, self.rs, strict=True):
-            x, size, *moved = self.checkpointed(self._step, block, r, x, size)
+    @property
+    def _pools(self) -> bool:
+        """Whether the head reads patches."""
+        return self.vit.attn_pool is not None or self.vit.global_pool != "token"
+
+    def _blocks(self, images: Tensor, told: bool = True) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Tokens after the last block, and what moved in each. told: whether what moved in the last one is read: a head
+        of prefix tokens alone is the same whichever r patches go there, so they need no match."""
+        x, size, moves, last = self.embed(images), None, [], len(self.rs) - 1
+        for index, (block, r) in enumerate(zip(self.vit.blocks, self.rs, strict=True)):
+            x, size, *moved = self.checkpointed(self._step, block, r, x, size, told or index < last)
             moves.append(tuple(moved))
         return x, moves
 
-    def _step(self, block: nn.Module, r: int, x: Tensor, size: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _step(
+        self, block: nn.Module, r: int, x: Tensor, size: Tensor | None, matched: bool = True
+    ) -> tuple[Tensor | None, ...]:
         prefix = self.prefix
         if not block.attn.num_heads:
             return block(x), size
         bias = None if size is None else F.pad(size.log(), (prefix, 0))[:, None, None]  # (B, 1, 1, N)
         x, _, q, k = blocks.attended(block, x, bias)
         moved, running = (), x.shape[1] - prefix
-        if r := min(r, running // 2):
+        if (r := min(r, running // 2)) and not matched:
+            x = x[:, : x.shape[1] - r]
+        elif r:
             size = x.new_ones(len(x), running) if size is None else size
             with torch.no_grad():
                 likeness, weight = self._likeness(block.attn, q, k, size, prefix % 2)
@@ -184,7 +194,7 @@ class ToMe(TokenPruner):
 
     def _head(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> Tensor:
         # what pools over patches takes a merged one as often as it stands for some
-        if any(moves) and (self.vit.attn_pool is not None or self.vit.global_pool != "token"):
+        if any(moves) and self._pools:
             ids, sources = self._followed(x, moves)[-1]
             place = torch.arange(ids.shape[1], device=x.device).expand_as(ids)
             place = torch.zeros_like(sources).scatter(1, ids, place).gather(1, sources)
