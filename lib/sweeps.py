@@ -14,7 +14,6 @@ A stage has a `notebook`, and may have a `name` (else the sweep's), `parameters`
 """
 
 import ast
-import contextlib
 import functools
 import itertools
 import json
@@ -24,16 +23,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lib import params, runs
+from lib import gpus, params, runs
 
 KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
 STATES = ("last", "parts")  # where a run keeps what it goes on from
@@ -180,7 +176,12 @@ def _imports(source: str) -> list[str]:
 
 
 def run(
-    notebook: str, folder: Path, values: dict[str, Any], threads: int, gpus: int = 0, upstream: Sequence[Path] = ()
+    notebook: str,
+    folder: Path,
+    values: dict[str, Any],
+    threads: int,
+    number_of_gpus: int = 0,
+    upstream: Sequence[Path] = (),
 ) -> int:
     """papermill's exit code, after it ran a notebook with its executed copy, log and results in `folder`.
 
@@ -199,7 +200,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(folder / "notebook.ipynb")]
     command += ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
-    with leased(gpus) as devices, open(folder / "log.txt", "w") as log:
+    with gpus.leased(number_of_gpus) as devices, open(folder / "log.txt", "w") as log:
         print(f"{time.strftime('%T')} start {name}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | devices
         failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -230,59 +231,9 @@ def unfinished(output: Path, runs: dict[str, Planned]) -> list[str]:
     ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def leased(number: int) -> Iterator[dict[str, str]]:
-    """An environment that shows `number` GPUs of this machine which no other run holds; waits for them.
-
-    GPUs are those of CUDA_VISIBLE_DEVICES, as Slurm sets it, else all that nvidia-smi lists; none there, none leased.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = [device for device in (visible or "").split(",") if device] if visible is not None else gpus_here()
-    if not (number and there):
-        yield {}
-        return
-    if number > len(there):
-        raise SweepError(f"a run wants {number} GPUs: this machine shows {len(there)}")
-    known = uuids()  # Slurm may show each job its own GPU as number 0
-    held: list[tuple[str, FileLock]] = []
-    try:
-        while len(held) < number:
-            for device in there:
-                name = known.get(device, device)
-                lock = FileLock(Path(tempfile.gettempdir()) / f"vit-efficiency-{os.getuid()}-gpu-{name}.lock")
-                with contextlib.suppress(Timeout):
-                    if len(held) < number and device not in {one for one, _ in held}:
-                        lock.acquire(timeout=0)
-                        held.append((device, lock))
-            if len(held) < number:  # all or none: two that hold one each would wait for ever
-                while held:
-                    held.pop()[1].release()
-                time.sleep(1 + os.getpid() % 7 / 7)
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(device for device, _ in held)}
-    finally:
-        for _, lock in held:
-            lock.release()
-
-
-def gpus_here() -> list[str]:
-    """The numbers of this machine's GPUs, as nvidia-smi lists them."""
-    return re.findall(r"^GPU (\d+):", _listed(), re.MULTILINE)
-
-
-def uuids() -> dict[str, str]:
-    """By which name a GPU of this number is known to all processes of this machine, as nvidia-smi lists them."""
-    return dict(re.findall(r"^GPU (\d+):.*\(UUID: (\S+)\)", _listed(), re.MULTILINE))
-
-
-def _listed() -> str:
-    with contextlib.suppress(OSError):
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return ""
-
-
 if __name__ == "__main__":
-    notebook, folder, values, threads, gpus, *upstream = sys.argv[1:]
+    notebook, folder, values, threads, wanted, *upstream = sys.argv[1:]
     try:
-        sys.exit(run(notebook, Path(folder), json.loads(values), int(threads), int(gpus), [*map(Path, upstream)]))
-    except SweepError as error:
+        sys.exit(run(notebook, Path(folder), json.loads(values), int(threads), int(wanted), [*map(Path, upstream)]))
+    except (SweepError, gpus.TooFew) as error:
         sys.exit(str(error))
