@@ -13,9 +13,9 @@ JOBS   ?= 1
 
 # pip leaves alone what is there; the stamp keeps a second call from asking it at all.
 $(VENV)/ready: requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	test -x "$(BIN)/python" || $(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 demo: SWEEP = sweeps/quick.yaml
@@ -25,35 +25,35 @@ sweep: $(VENV)/ready
 	PATH="$(BIN):$$PATH" snakemake --profile profiles/local --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --configfile $(SWEEP)
 
 search: $(VENV)/ready
-	$(BIN)/python -m lib.search $(SEARCH) $(if $(TRIALS),--trials $(TRIALS)) --jobs $(JOBS)
+	"$(BIN)/python" -m lib.search $(SEARCH) $(if $(TRIALS),--trials $(TRIALS)) --jobs $(JOBS)
 
 test: $(VENV)/ready lint
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n $(CORES) $(TESTS)
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill" notebooks/*.ipynb
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/nbstripout" --verify --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill" notebooks/*.ipynb
 
 explore: $(VENV)/ready
-	$(BIN)/jupyter lab notebooks/explore.ipynb
+	"$(BIN)/jupyter" lab notebooks/explore.ipynb
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/avit.py
-	$(BIN)/python benchmarks/acdc.py
-	$(BIN)/python benchmarks/tokens.py
-	$(BIN)/python benchmarks/compare.py
+	"$(BIN)/python" benchmarks/speed.py
+	"$(BIN)/python" benchmarks/avit.py
+	"$(BIN)/python" benchmarks/acdc.py
+	"$(BIN)/python" benchmarks/tokens.py
+	"$(BIN)/python" benchmarks/compare.py
 
 report: $(VENV)/ready
-	$(BIN)/python report/build.py outputs
+	"$(BIN)/python" report/build.py outputs
 
 clean:
 	rm -rf outputs .snakemake
 
 # The checkpoint that the project ships, from scratch (about an hour on one core).
 checkpoint: $(VENV)/ready
-	$(BIN)/papermill notebooks/dense.ipynb out.ipynb -k python3 -f sweeps/vit_digits.yaml
+	"$(BIN)/papermill" notebooks/dense.ipynb out.ipynb -k python3 -f sweeps/vit_digits.yaml
 	cp outputs/dense/vit_digits/model.safetensors checkpoints/vit_digits.safetensors
 	cp outputs/dense/vit_digits/model.json checkpoints/vit_digits.json
 	cp outputs/dense/vit_digits/metrics.json checkpoints/vit_digits.metrics.json

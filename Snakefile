@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from lib import sweeps
 
-OUTPUT = config.get("output_dir", "outputs")
 try:
     RUNS = sweeps.expand(config)
 except sweeps.SweepError as error:
     sys.exit(str(error))
+OUTPUT = sweeps.output_of(config)
 PLANNED = lambda wildcards: RUNS[f"{wildcards.notebook}/{wildcards.run}"]
 if workflow.is_main_process:
     print(f"{config['name']}: {len(RUNS)} runs below {OUTPUT}/, then {OUTPUT}/report/index.html", file=sys.stderr)
@@ -42,8 +42,9 @@ rule notebook:
         runtime=lambda wildcards: PLANNED(wildcards).resources.get("runtime", 240),
     params:
         values=lambda wildcards: json.dumps(PLANNED(wildcards).parameters),
+        folder=lambda wildcards: f"{OUTPUT}/{wildcards.notebook}/{wildcards.run}",
     shell:
-        "python -m lib.sweeps {wildcards.notebook} {OUTPUT}/{wildcards.notebook}/{wildcards.run} {params.values:q}"
+        "python -m lib.sweeps {wildcards.notebook} {params.folder:q} {params.values:q}"
         " {threads} {resources.gpu} {input.files:q} {input.upstream:q}"
 
 
@@ -55,10 +56,10 @@ rule report:
         f"{OUTPUT}/report/index.html",
     localrule: True
     shell:
-        "python report/build.py {OUTPUT}"
+        "python report/build.py {OUTPUT:q}"
 
 
 # The report of what was finished is worth having all the same.
 onerror:
-    shell("python report/build.py {OUTPUT} || true")
+    shell("python report/build.py {OUTPUT:q} || true")
     print(*sweeps.unfinished(Path(OUTPUT), RUNS), sep="\n", file=sys.stderr)

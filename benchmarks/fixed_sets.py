@@ -12,7 +12,7 @@ import copy
 import pandas as pd
 import torch
 
-from lib import data, evaluate, models, runs
+from lib import evaluate, models, runs, starts
 from lib.pruners import rankings
 from lib.pruners.tokens import FixedPatches, kept_count
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--random-sets", type=int, default=8)
     arguments = parser.parse_args()
     about = models.origin(runs.resolve(arguments.run), "ucb.UCB")
-    images = data.load(**about["data"], root=runs.root() / "data").normalised(about["normalise"])
+    images = starts.load(about)
     stage1 = models.load(runs.resolve(arguments.run))
     grid, ratio = stage1.vit.patch_embed.grid_size, arguments.keep_ratio
     k, counts = kept_count(ratio, stage1.patches), stage1.ucb_count_scores.mean(dim=1)[:, stage1.prefix :]

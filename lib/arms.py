@@ -84,7 +84,7 @@ def _images(run: Run, table: pd.DataFrame) -> Any:
     if len(table):
         run.refuse("img_size", because="the runs bring their images")
         about = _about(table.run[0])
-        images = data.load(**about["data"], root=root() / "data")
+        images = starts.dataset(about)
         starts.unchanged(about, images)
         return images
     if not run.params["dataset"]:

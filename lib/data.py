@@ -218,11 +218,22 @@ def _undersampled(dataset: Dataset, seed: int) -> Dataset:
 # ---- cache ----------------------------------------------------------------------------------------------------------
 
 
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of their files, links followed, each folder once."""
+    seen = set()
+    for base, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield base, names
+
+
 def _files(path: Path | None) -> list:
     """Names, sizes and times of change of a file or of all files below a folder: what a cache was made from."""
     if path is None:
         return []
-    below = [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+    below = [os.path.join(base, name) for base, names in _walk(path) for name in names]
     if path.is_dir() and not below:
         raise DataError(f"{path}: an empty folder, expected images or HDF5 files")
     try:

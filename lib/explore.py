@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from lib import data, evaluate, models, runs
+from lib import evaluate, models, runs, starts
 from lib.images import Split, decode, fit
 from lib.pruners import surgery
 from lib.pruners.avit import AViT
@@ -60,23 +60,19 @@ def load(model: str, dataset: str = "") -> "Subject":
         found, about = models.load(path).float(), models.header(path)["metadata"]
         if "data" not in about:
             raise ExploreError(f"model {model} does not say what it was trained on: expected that of a notebook's run")
-        source = {"dataset": runs.resolve(dataset), "img_size": side_of(found)} if dataset else about["data"]
-        images = replace(_dataset(source), mean=tuple(about["mean"]), std=tuple(about["std"]))
+        source = {"dataset": dataset, "img_size": side_of(found)} if dataset else about["data"]
+        images = replace(starts.dataset({"data": source}), mean=tuple(about["mean"]), std=tuple(about["std"]))
         return Subject(model, found, images, about["classes"])
     vit = models.create(arch, IMAGENET.num_classes(), None, runs.resolve(file) or "pretrained", fresh_head=False)
     side = side_of(vit)
     statistics = {name: tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")}
     if dataset:
-        images = replace(_dataset({"dataset": runs.resolve(dataset), "img_size": side}), **statistics)
+        images = replace(starts.dataset({"data": {"dataset": dataset, "img_size": side}}), **statistics)
     else:
         photos = np.stack([fit(photo, side) for photo in load_sample_images().images])
         images = SimpleNamespace(name="photographs", test=Split(photos, np.full(len(photos), -1)), **statistics)
     names = [IMAGENET.index_to_description(index).split(",")[0] for index in range(IMAGENET.num_classes())]
     return Subject(model, vit, images, names)
-
-
-def _dataset(source: dict[str, Any]) -> data.Dataset:
-    return data.load(**source, root=runs.root() / "data")
 
 
 class Subject(Methods):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lib import params as parameters
-from lib.runs import NOT_IDENTITY, portable, resolve, root
+from lib.runs import NOT_IDENTITY, portable, resolve, root, without_seed
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
@@ -33,7 +33,7 @@ def runs(pattern: Path, dataset: str = "", metric: str = "top1") -> tuple[pd.Dat
 
     Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. An arm is one method
     made in one way, with one row per seed, its own or that of what it started from. It is named by method and
-    keep_ratio, or `setting` for methods without a ratio; where those are made in several ways, by the folder too.
+    keep_ratio, or `setting` for methods without a ratio; where those are made in several ways, by the run too.
     dataset (a name, or a path that ends in it) "" is the most frequent one; runs on other images under its name are
     left out, and those that do not say what is NEEDED or have no `metric`. NoRuns where none is left.
     """
@@ -73,14 +73,17 @@ def runs(pattern: Path, dataset: str = "", metric: str = "top1") -> tuple[pd.Dat
         out = rejected(table)
         left_out |= {name_of(Path(run)): reason for run in table.run[out]}
         table = table[~out]
+        if table.empty:
+            names = "; ".join(f"{run}: {why}" for run, why in left_out.items())
+            raise NoRuns(f"no run in {pattern} is left to compare ({names})")
     table = table.sort_values(["method", "keep_ratio", "seed"], ignore_index=True)
     cost = table.setting.map(str, na_action="ignore").fillna(table.keep_ratio.map("{:g}".format))
     table.insert(1, "arm", table.method + " " + cost)
-    # where one method and ratio was made in several ways, each way is named after its first run, or all its seeds
-    first = table.groupby(["arm", "made"]).run.transform("first").map(lambda run: Path(run).name)
-    for tell_apart in (first.str.replace(r"-seed\d+$", "", regex=True), first):
+    # where one method and ratio was made in several ways, each way is named after its first run, as shortly as may be
+    plain, first = table.arm, table.groupby(["arm", "made"]).run.transform("first")
+    for name in (without_seed, lambda run: Path(run).name, portable):
         several = table.groupby("arm").made.transform("nunique") > 1
-        table["arm"] = table.arm.where(~several, table.arm + " (" + tell_apart + ")")
+        table["arm"] = table.arm.where(~several, plain + " (" + first.map(name) + ")")
     for name in table:  # one run's number, another's text: as text, or no file can hold them
         if table[name].dropna().map(lambda value: isinstance(value, str)).nunique() > 1:
             table[name] = table[name].map(str, na_action="ignore")

@@ -96,8 +96,8 @@ def hdf5(path: Path) -> Source:
         if not names and not {"images", "jpeg"} & set(file):
             raise DataError(f"{path}: keys {sorted(file)}, expected images or jpeg with labels, or train_images, …")
         given = next((file.attrs[key] for key in ("classes", "class_names") if key in file.attrs), None)
-        classes = None if given is None else _strings(given)
-        ids = _strings(file.attrs["wnids"]) if "wnids" in file.attrs else None
+        classes = None if given is None else _strings(given, f"{path}: the classes")
+        ids = _strings(file.attrs["wnids"], f"{path}: wnids") if "wnids" in file.attrs else None
         parts = {}
         for name, prefix in (names or {"all": ""}).items():
             coded = f"{prefix}images" not in file
@@ -107,7 +107,11 @@ def hdf5(path: Path) -> Source:
             parts[name] = Split(images, labels, _masks(file, f"{prefix}masks", images, path))
     if classes is None:
         classes = [str(n) for n in range(1 + max((int(p.labels.max()) for p in parts.values() if len(p)), default=0))]
-    return Source(parts, classes, ids or classes)
+    if ids is None:  # two classes of one name are two all the same
+        ids = classes if len({*classes}) == len(classes) else [f"{n} {name}" for n, name in enumerate(classes)]
+    if len(ids) != len(classes):
+        raise DataError(f"{path}: {len(ids)} wnids, expected one for each of {len(classes)} classes")
+    return Source({name: part for name, part in parts.items() if len(part)} or parts, classes, ids)
 
 
 def _masks(file: h5py.File, key: str, images: LazyImages, path: Path) -> np.ndarray | None:
@@ -248,6 +252,8 @@ def folders(path: Path) -> Source:
 
 def _labelled(folder: Path, ids: list[str]) -> Split:
     here = {d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")}
+    if not here:
+        raise DataError(f"{folder}: no folders of classes, expected one for each as in train/, or no {folder.name}/")
     if here - set(ids):
         raise DataError(
             f"{folder / min(here - set(ids))}: no class of that name among the training images, "
@@ -325,5 +331,7 @@ def check_labels(values: np.ndarray, where: str, count: int, classes: int | None
     return values.astype(np.int64)
 
 
-def _strings(values: Iterable) -> list[str]:
+def _strings(values: Iterable, where: str) -> list[str]:
+    if isinstance(values, str | bytes):
+        raise DataError(f"{where} are one text, {values[:40]!r}, expected a list of names")
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]

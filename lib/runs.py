@@ -114,7 +114,7 @@ def folder(notebook: str, declaration: dict[str, parameters.Parameter], values: 
     name = values.get("run_name") or run_name(values, {k: p.default for k, p in declaration.items()})
     if not re.fullmatch(r"[\w=-][\w.=-]*", name):
         raise RunError(f"run_name is {name!r}: expected letters, digits and . _ = - only")
-    return root() / values.get("output_dir", "outputs") / notebook / name
+    return root() / Path(values.get("output_dir", "outputs")).expanduser() / notebook / name
 
 
 def start(notebook: str, namespace: dict[str, Any]) -> "Run":
@@ -184,6 +184,8 @@ class Run(Part):
             for old in (self.dir / "DONE", *self.dir.glob("last/*")):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "parts", ignore_errors=True)
+        elif "resume" not in values:  # all is made anew: until then what lies there is of two runs
+            (self.dir / "DONE").unlink(missing_ok=True)
         self.resumed = self.done or self.begun
         write_json(self.dir / "params.json", values)
         state = "done before: what is finished is reused" if self.done else "resumes" if self.begun else "new"
@@ -266,7 +268,13 @@ class Run(Part):
         seconds = round(time.time() - self.began, 1)
         write_json(
             self.dir / "provenance.json",
-            {"command": self.command, "wall_s": seconds, "resumed": self.resumed, **facts, **provenance()},
+            {
+                "command": self.command,
+                "wall_s": seconds,
+                "resumed": self.resumed,
+                **{name: portable(fact) for name, fact in facts.items()},
+                **provenance(),
+            },
         )
         write(self.dir / "DONE", lambda temporary: temporary.write_text(time.strftime("%Y-%m-%dT%H:%M:%S%z\n")))
         self.close()
@@ -314,23 +322,29 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     wanted = _made_by(wanted, declaration) | {"output_dir": output_dir}
     values = parameters.check(declaration, wanted)
     way = _made_by(values, declaration)
-    for mark in sorted((root() / output_dir / notebook).glob("*/DONE")):
+    for mark in sorted((root() / Path(output_dir).expanduser() / notebook).glob("*/DONE")):
         if _made_by(json.loads((mark.parent / "params.json").read_text()), declaration) == way:
             print(f"{notebook}: using {mark.parent}", flush=True)
             return mark.parent
     target = folder(notebook, declaration, values)
     target.mkdir(parents=True, exist_ok=True)
-    log = target / "log.txt"
     asked = identity(wanted) or "the default parameters"
-    print(f"{notebook}: no finished run with {asked}, making it; its progress: {log}", flush=True)
+    print(f"{notebook}: no finished run with {asked}, making it; its progress: {target / 'log.txt'}", flush=True)
+    with FileLock(target / "making"):  # of two that need it at once, one makes it
+        if not (target / "DONE").exists():
+            _make(source, target, wanted)
+    return target
+
+
+def _make(source: Path, target: Path, wanted: dict[str, Any]) -> None:
+    log = target / "log.txt"
     command = [sys.executable, "-m", "papermill", str(source), str(target / "notebook.ipynb"), "-k", "python3"]
     command += ["--log-output", "--no-progress-bar", "--cwd", str(root()), "-y", json.dumps(wanted)]
     with open(log, "w") as output:
         failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     if failed or not (target / "DONE").exists():
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"{notebook} failed ({last}): see {target / 'notebook.ipynb'}")
-    return target
+        raise RunError(f"{source.stem} failed ({last}): see {target / 'notebook.ipynb'}")
 
 
 def _made_by(values: dict[str, Any], declaration: dict[str, parameters.Parameter]) -> dict[str, Any]:

@@ -69,29 +69,43 @@ def published(run: runs.Run, weights: str) -> Start:
     """Weights of the parameters' `arch` as they are, for classes that their head knows: the dataset's or ImageNet-1k's.
 
     Of an ImageNet-1k head the rows of the dataset's classes stay, found by their WordNet ids. ModelError otherwise.
+    Images are normalised as `normalise` says; at its default, weights of timm's hub get the statistics they came with.
     """
     params, synsets = run.params, ImageNetInfo("imagenet-1k").label_names()
     size = params["img_size"] or None
     source = {making: params[making] for making in MAKING if making in params}
     about = {"data": _source(source) | {"img_size": size}, "normalise": params["normalise"]}
     images, file = load(about), runs.resolve(weights)
+    known = {*images.class_ids} <= {*synsets}
     try:
         vit = models.create(params["arch"], len(images.classes), size, file, fresh_head=False)
+        fewer = False
     except models.ModelError:
-        if not {*images.class_ids} <= {*synsets}:
+        if not known:
             raise
-        vit = models.create(params["arch"], len(synsets), size, file, fresh_head=False)
+        vit, fewer = models.create(params["arch"], len(synsets), size, file, fresh_head=False), True
+    if fewer or (known and len(images.classes) == len(synsets)):
         vit = models.of_classes(vit, [synsets.index(wnid) for wnid in images.class_ids])
+    elif len(images.classes) == len(synsets):
+        print(f"{images.name} has 1,000 classes without WordNet ids: taken to be in ImageNet-1k's order")
     models.match(vit, evaluate.image_shape(images))
+    if weights == "pretrained" and params["normalise"] == run.defaults["normalise"]:
+        images = replace(images, **{name: tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")})
     about |= {"classes": images.classes, "mean": images.mean, "std": images.std}
     return Start("", vit.eval(), images, about)
 
 
 def load(about: dict[str, Any]) -> Any:
     """The data that a model's metadata names, as the model was fed it; DataError where other images are there now."""
-    images = as_fed(data.load(**about["data"], root=runs.root() / "data"), about, about["normalise"])
+    images = as_fed(dataset(about), about, about["normalise"])
     unchanged(about, images)
     return images
+
+
+def dataset(about: dict[str, Any]) -> Any:
+    """The data that a model's metadata names, as lib.data loads it; paths inside the project stand from its folder."""
+    found = {name: runs.resolve(value) if isinstance(value, str) else value for name, value in about["data"].items()}
+    return data.load(**found, root=runs.root() / "data")
 
 
 def as_fed(images: Any, about: dict[str, Any], normalise: str) -> Any:
@@ -110,5 +124,5 @@ def unchanged(about: dict[str, Any], images: Any) -> None:
 
 
 def _source(params: dict[str, Any]) -> dict[str, str | None]:
-    dataset = params.get("h5_dir") or params["dataset"]
-    return {"dataset": runs.resolve(dataset), "labels_csv": runs.resolve(params.get("labels_csv", "")) or None}
+    named = params.get("h5_dir") or params["dataset"]
+    return {"dataset": runs.portable(named), "labels_csv": runs.portable(params.get("labels_csv", "")) or None}

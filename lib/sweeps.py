@@ -65,7 +65,7 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
     for needed in ("name", "stages"):
         if not config.get(needed):
             raise SweepError(f"this sweep has no {needed}: expected one (see sweeps/quick.yaml)")
-    output, found = config.get("output_dir", "outputs"), {}
+    output, found = output_of(config), {}
     for stage in config["stages"]:
         if not isinstance(stage, dict):
             raise SweepError(f"{stage!r} among the stages: expected one with a notebook, as in notebook: dense")
@@ -97,6 +97,11 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
             files = _files({name: one.default for name, one in declared.items()} | values, output)
             found[run] = Planned(f"{notebook}/{label}", values, varied, upstream, files, threads, resources)
     return found
+
+
+def output_of(config: dict[str, Any]) -> str:
+    """The folder that a sweep writes to."""
+    return os.path.expanduser(config.get("output_dir") or "outputs")
 
 
 def _files(values: dict[str, Any], output: str) -> list[str]:

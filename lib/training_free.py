@@ -44,7 +44,7 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     if method in MERGING:
         gamma = {"gamma": rules.get("gamma", 0.5)} if method == "ward" else {}
         every = rules.get("merge_every", 1)
-        merging = len(vit.blocks[::every])
+        merging = len(baselines.merging(vit.blocks, every))
         make = lambda total: MERGING[method].of_total(vit, total, every, **gamma)  # noqa: E731
         if macs_g:
             return reaching(make, macs_g, merging * patches // 2)  # half in each

@@ -334,6 +334,33 @@ BAD_HDF5 = {
 }
 
 
+BAD_NAMES = {
+    "one text": ({"classes": '["cat", "dog", "emu"]'}, "one text"),
+    "too few ids": ({"classes": ["cat", "dog", "emu"], "wnids": ["n1", "n2"]}, "2 wnids, expected one for each of 3"),
+    "one id": ({"classes": ["cat", "dog", "emu"], "wnids": "n1"}, "one text"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_NAMES)
+def test_hdf5_class_names_are_a_list_as_long_as_the_ids(tmp_path, fault):
+    names, expected = BAD_NAMES[fault]
+    source = h5(tmp_path / "bad.h5", images=pictures(9), labels=np.arange(9) % 3)
+    with h5py.File(source, "a") as file:
+        file.attrs.update(names)
+    fails(tmp_path, source, "bad.h5", expected, "expected")
+
+
+def test_hdf5_classes_of_one_name_are_told_apart_and_empty_splits_are_none(tmp_path):
+    """ImageNet has two cranes; exports may write splits that they do not fill."""
+    source = h5(tmp_path / "a.h5", train_images=pictures(30), train_labels=np.arange(30) % 3,
+                test_images=pictures(0), test_labels=np.arange(0))  # fmt: skip
+    with h5py.File(source, "a") as file:
+        file.attrs["classes"] = ["crane", "emu", "crane"]
+    dataset = checked(load(source, root=tmp_path / "root"))
+    assert dataset.classes == ["crane", "emu", "crane"] and dataset.class_ids == ["0 crane", "1 emu", "2 crane"]
+    assert len(dataset.test) == 6 and len(dataset.train) + len(dataset.val) == 24
+
+
 @pytest.mark.parametrize("fault", BAD_HDF5)
 def test_hdf5_faults(tmp_path, fault):
     content, expected = BAD_HDF5[fault]
@@ -550,6 +577,10 @@ def test_folder_faults(tmp_path):
     named = tree(tmp_path / "b" / "train").parent
     tree(named / "val", ("cat", "cow"))
     fails(tmp_path, named, named / "val" / "cow", "expected cat, dog")
+    unlabelled = tree(tmp_path / "d" / "train").parent
+    (unlabelled / "test").mkdir()
+    save(unlabelled / "test" / "1.png", pictures(1)[0])
+    fails(tmp_path, unlabelled, unlabelled / "test", "no folders of classes, expected")
     mixed = tree(tmp_path / "c")
     save(mixed / "dog" / "3.png", pictures(1, 9, 7)[0])
     fails(tmp_path, mixed, "3.png", "7 × 9", "8 × 8", "pass img_size")
@@ -700,6 +731,19 @@ def test_a_cache_is_used_until_the_source_changes(cached, monkeypatch):
     os.utime(folder / "cat" / "0.png", (time.time() + 9, time.time() + 9))
     assert load(folder, root=root).digest != dataset.digest
     assert len(list(cache.parent.iterdir())) == 2
+
+
+def test_a_cache_knows_what_lies_behind_links(tmp_path):
+    folder, links = tree(tmp_path / "tree", count=4), tmp_path / "links"
+    links.mkdir()
+    for name in ("cat", "dog"):
+        (links / name).symlink_to(folder / name)
+    (links / "dog" / "again").symlink_to(folder)  # round and round
+    before = load(links, root=tmp_path / "root")
+    assert before.digest == load(links, root=tmp_path / "root").digest
+    save(folder / "cat" / "0.png", pictures(1)[0])
+    os.utime(folder / "cat" / "0.png", (time.time() + 9, time.time() + 9))
+    assert load(links, root=tmp_path / "root").digest != before.digest
 
 
 @pytest.mark.parametrize("damage", ["truncated", "half-written", "foreign", "no HDF5"])

@@ -173,9 +173,28 @@ def test_seeds_are_left_out_of_the_names_of_arms_unless_they_alone_tell_them_apa
     assert arms(tmp_path)[0] == {
         "ucb 0.5 (way0)": [0, 1],
         "ucb 0.5 (way1)": [0, 1],
-        "eap 0.5 (mixed) (mixed-seed0)": [0, 1],
-        "eap 0.5 (mixed) (mixed-seed2)": [0, 1],
+        "eap 0.5 (mixed-seed0)": [0, 1],
+        "eap 0.5 (mixed-seed2)": [0, 1],
     }
+
+
+def test_runs_of_one_name_in_two_places_are_two_arms(tmp_path):
+    for tree, epochs in (("short", 1), ("long", 4)):
+        for seed in (0, 1):
+            values = {"method": "dense-tuned", "seed": seed, "params": {"epochs": epochs}}
+            run(tmp_path / tree, f"dense/digits-tuned-seed{seed}", **values)
+    named = {f"dense-tuned 0.5 ({tmp_path}/{tree}/dense/digits-tuned-seed0)": [0, 1] for tree in ("short", "long")}
+    assert {arm: rows.seed.tolist() for arm, rows in finished.runs(tmp_path / "*/*/*")[0].groupby("arm")} == named
+
+
+def test_where_no_run_is_left_each_has_its_reason(tmp_path):
+    for name, dataset in (("dense/a", "toy"), ("dense/b", "toy"), ("dense/c", "other")):
+        made = run(tmp_path, name, dataset=dataset)
+    metrics = json.loads((made / "metrics.json").read_text())
+    (made / "metrics.json").write_text(json.dumps(metrics | {"top5": 1.0}))
+    reasons = "dense/c: on dataset other than toy; dense/a: says nothing of top5"
+    with pytest.raises(finished.NoRuns, match=rf"no run in .* is left to compare \({reasons}"):
+        finished.runs(tmp_path / "*/*", metric="top5")
 
 
 def test_starts_that_differ_in_seed_alone_are_one_arm(tmp_path):

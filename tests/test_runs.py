@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,25 @@ sys.stdin.read()
 """
 
 
+def test_a_run_that_always_starts_anew_is_not_done_until_it_is_again(project):
+    """A notebook without `resume`: what lies there while it runs is of two runs."""
+    write_notebook(project / "notebooks" / "toy.ipynb", "seed: int = 0", CODE)
+    declaration = params.declared_in(project / "notebooks" / "toy.ipynb")
+    assert "resume" not in declaration
+    for _ in range(2):
+        run = runs.Run("toy", declaration, {"seed": 0})
+        assert not run.done
+        run.finish({})
+        assert run.done and not run.resumed
+
+
+def test_a_run_remembers_places_from_the_projects_folder(project):
+    run = runs.Run("toy", params.declared_in(project / "notebooks" / "toy.ipynb"), {"seed": 0, "run_name": "one"})
+    run.finish({}, start=str(project / "notebooks"), dataset_digest="d" * 64)
+    facts = json.loads((run.dir / "provenance.json").read_text())
+    assert (facts["start"], facts["dataset_digest"]) == ("notebooks", "d" * 64)
+
+
 def test_a_second_process_on_the_same_run_is_refused_until_the_first_is_gone(tmp_path):
     code = HOLD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as holder:
@@ -271,6 +291,22 @@ def test_ensure_makes_a_run_once(project, capsys):
     assert "using" in capsys.readouterr().out
     made.rename(made.with_name("mine"))  # found by what it computed, not by its name
     assert runs.ensure("toy", seed=3).name == "mine"
+
+
+def test_of_two_that_need_a_run_at_once_one_makes_it(project):
+    """Sweeps start such pairs."""
+    write_notebook(project / "notebooks" / "toy.ipynb", DECLARED, f"import time\ntime.sleep(2)\n{CODE}")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: runs.ensure("toy", seed=4), range(2))
+    assert first == second and (first / "DONE").exists()
+    assert len(list((project / "outputs" / "toy").iterdir())) == 1
+
+
+def test_home_is_understood_in_output_dir(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project / "home"))
+    made = runs.ensure("toy", output_dir="~/out", seed=2)
+    assert made.parent == project / "home" / "out" / "toy" and (made / "DONE").exists()
+    assert runs.ensure("toy", output_dir="~/out", seed=2) == made and not (project / "~").exists()
 
 
 def test_one_of_several_choices_is_no_path(project, monkeypatch):

@@ -1,5 +1,6 @@
 """Where notebooks start from published weights: heads as they are, cut to the dataset's classes, or refused."""
 
+import h5py
 import numpy as np
 import pytest
 import timm
@@ -83,13 +84,28 @@ def test_what_was_cut_is_saved_and_found_again(dense, tmp_path):
     assert again.path == str(tmp_path / "run")
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_thousand_classes_are_known_by_their_ids_or_said_to_be_in_order(dense, tmp_path, named, capsys):
+    """Files may hold ImageNet's classes in another order than its heads."""
+    whole, synsets = weights(tmp_path / "w.pth", 1000), ImageNetInfo("imagenet-1k").label_names()[::-1]
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["images"], file["labels"] = np.zeros((3, 48, 48, 3), np.uint8), [0, 1, 999]
+        file.attrs["classes"] = [f"class {n}" for n in range(1000)]
+        if named:
+            file.attrs["wnids"] = synsets
+    with pytest.warns(UserWarning, match="all 3 images are test"):
+        start = dense(tmp_path / "w.pth", dataset=str(tmp_path / "all.h5"))
+    assert torch.equal(start.vit.head.weight, whole.head.weight.flip(0) if named else whole.head.weight)
+    assert ("taken to be in ImageNet-1k's order" in capsys.readouterr().out) is not named
+
+
 @pytest.mark.parametrize("names", [WNIDS, ["cat", "dog", "emu"]], ids=["WordNet", "others"])
 def test_a_head_for_as_many_classes_is_taken_as_it_is(dense, tmp_path, names):
     folder = pictures(tmp_path / "own", names)
     own, start = weights(tmp_path / "w.safetensors", 3), dense(tmp_path / "w.safetensors", dataset=folder)
     assert all(torch.equal(*pair) for pair in zip(start.vit.parameters(), own.parameters(), strict=True))
     assert start.about["classes"] == start.images.classes and len(start.images.classes) == 3
-    assert start.about["data"]["dataset"] == folder
+    assert runs.resolve(start.about["data"]["dataset"]) == folder
 
 
 @pytest.mark.parametrize(
@@ -129,6 +145,27 @@ def test_pretrained_weights_are_cut_alike(dense, hub):
     assert models.describe(start.vit) == {
         **{"arch": "vit_tiny_patch16_224", "num_classes": 3, "img_size": 48, "timm": {}},
     }
+
+
+def test_pretrained_weights_are_fed_as_they_were_trained(dense, hub):
+    start = dense("pretrained", arch="vit_base_patch16_clip_224", img_size=48)
+    assert start.images.mean == (0.48145466, 0.4578275, 0.40821073) == start.about["mean"]
+    assert start.images.std == start.about["std"] != (0.5, 0.5, 0.5)
+    asked = dense("pretrained", arch="vit_base_patch16_clip_224", img_size=48, normalise="half")
+    assert asked.images.mean == asked.about["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_a_project_may_move(dense, tmp_path, monkeypatch):
+    weights(tmp_path / "w.pth", 1000)
+    start = dense(tmp_path / "w.pth")
+    models.save(start.vit, tmp_path / "run" / "model", **start.about)
+    assert start.about["data"]["dataset"] == "wnids"
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("wnids", "run"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    monkeypatch.setattr(runs, "root", lambda: tmp_path / "elsewhere")
+    again = starts.load(models.header(tmp_path / "elsewhere" / "run")["metadata"])
+    assert len(again.test) == len(start.images.test) and again.mean == start.images.mean
 
 
 def test_pretrained_weights_for_other_classes_are_refused(dense, hub, tmp_path):
