@@ -162,7 +162,8 @@ def _load_weights(model: nn.Module, weights: str | Path | None, fresh_head: bool
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(dict(state), model)
     own = model.state_dict()
-    fresh = [k for k in state if k.startswith("head.") and k in own and own[k].shape != state[k].shape and fresh_head]
+    heads = ("head.", "head_dist.") if fresh_head else ()
+    fresh = [k for k in state if k.startswith(heads) and k in own and own[k].shape != state[k].shape]
     faults = [f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in state.items()
               if k in own and k not in fresh and v.shape != own[k].shape]  # fmt: skip
     faults += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]

@@ -34,11 +34,11 @@ class States:
         for old in self._files()[:-KEPT]:
             old.unlink()
 
-    def newest(self, device: torch.device) -> dict[str, Any] | None:
+    def newest(self) -> dict[str, Any] | None:
         """The newest readable state; None where there is none."""
         for file in reversed(self._files()):
             try:
-                return torch.load(file, map_location=device, weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises a dozen types for a damaged file; the one before is whole
                 print(f"{file} cannot be read ({type(error).__name__}): going back to the state before it", flush=True)
         return None

@@ -100,6 +100,10 @@ class Search:
         code = "\n".join(Path(source).read_text() for source in sweeps.sources(self.notebook))
         if not re.search(rf"\b{re.escape(self.metric)}\b", code):
             raise SearchError(f"metric is {self.metric!r}: {self.notebook} has none of this name")
+        notebook = Path(f"notebooks/{self.notebook}.ipynb").read_text()
+        last = 'keep=\\"last\\"' in notebook or self.fixed.get("keep") == "last" or "keep" in self.settings["search"]
+        if last and self.settings["epoch"] == "best":
+            raise SearchError(f"epoch is best: {self.notebook} may end with its last, expected epoch: last")
         for name, most in self.limit.items():
             if name not in COSTS or type(most) not in (int, float):
                 raise SearchError(f"limit is {name}: {most!r}: expected a number for {' or '.join(COSTS)}")

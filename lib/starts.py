@@ -54,6 +54,8 @@ def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
     size = params["img_size"] or None
     about = {"data": _source(params) | {"img_size": size}, "normalise": params["normalise"]}
     images = load(about)
+    if len(images.classes) < 2:
+        raise data.DataError(f"dataset {images.name} has one class, {images.classes[0]!r}: expected two or more")
     vit = models.create(params["arch"], len(images.classes), size, weights, **timm_kwargs)
     models.match(vit, evaluate.image_shape(images))
     about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}

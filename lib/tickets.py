@@ -93,6 +93,8 @@ class _Tickets:
     def __init__(self, run: runs.Run, start: Start, recipe: train.Recipe, remove_each_state: bool):
         self.run, self.start, self.recipe, self.removes = run, start, recipe, remove_each_state
         self.rules, self.initial, self.images = run.params, start.vit, start.images
+        if not isinstance(self.initial, ResNet20):
+            blocks.check(self.initial)
         self.whole = Plan().explicit(self.initial)
         self.total = sum(weight.numel() for weight in units.prunable(self.initial).values())
         self.kinds = lottery.PARTS[self.rules["prune_target"]] if self.rules["vit_structured"] else ()

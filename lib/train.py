@@ -327,7 +327,7 @@ class _Fitting:
         return self.start in map(models.sha1, made)
 
     def _restore(self) -> None:
-        if (state := self.states.newest(self.accelerator.device)) is None:
+        if (state := self.states.newest()) is None:
             return
         fault = None
         if state["progress"].get("digest", self.digest) != self.digest:

@@ -1,5 +1,6 @@
 """Token methods on a pretrained model as it is: built by name, at a strength or at a price, and measured."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,7 +146,8 @@ def finetune(run: Run, start: Start, pruner: nn.Module) -> dict[str, Any]:
     metrics.json. {} for no epochs."""
     if not (epochs := run.params["finetune_epochs"]):
         return {}
-    before, _ = evaluate.test(pruner.to(evaluate.device()).eval(), start.images)
+    fresh = build(copy.deepcopy(start.vit), run.params)  # a cell that runs again has a pruner that was trained
+    before, _ = evaluate.test(fresh.to(evaluate.device()).eval(), start.images)
     recipe = train.Recipe.of(run.params, epochs=epochs)
     run.figure(plots.training(train.fit(pruner, start.images, recipe, run=run), recipe.keep), "training")
     return {"finetune_epochs": epochs} | {f"oneshot_{name}": before[name] for name in ("top1", "f1_macro", "nll_nats")}

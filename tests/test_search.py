@@ -200,6 +200,17 @@ def test_the_metric_is_of_the_epoch_that_is_kept(project, at_once, epoch, expect
     assert go(trials=1, metric="val_nll_nats", direction="minimize", epoch=epoch).best_value == expected
 
 
+@pytest.mark.parametrize("way", ["code", "parameters", "search"])
+def test_a_notebook_that_keeps_its_last_epoch_is_judged_by_it(project, at_once, way):
+    """Its best epoch is of a model that is gone."""
+    code = CODE if way != "code" else f'recipe = dict(keep="last")\n{CODE}'
+    write_notebook(Path("notebooks/tiny.ipynb"), f'keep: str = "best"  # one of best, last\n{DECLARED}', code)
+    config = {} if way == "code" else {way: CONFIG.get(way, {}) | {"keep": "last" if way == "parameters" else ["last"]}}
+    with pytest.raises(search.SearchError, match="epoch is best: tiny may end with its last, expected epoch: last"):
+        search.Search({**CONFIG, **config})
+    search.Search({**CONFIG, **config, "epoch": "last"})
+
+
 def test_of_a_training_in_states_the_model_that_was_cut_counts(project):
     """Its log is of models before the cut."""
     Path("metrics.json").write_text('{"val_top1": 0.3, "macs_g": 2.0}')

@@ -228,6 +228,26 @@ def test_what_starts_from_the_shipped_checkpoint_is_no_runs_model_trained_on(tmp
     run.close()
 
 
+def test_one_class_is_no_data_to_train_on(tmp_path):
+    """Often a path that leads one folder too deep."""
+    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
+    values = {"output_dir": str(tmp_path), "dataset": pictures(tmp_path / "own", ["cat"]), "weights": ""}
+    run = runs.Run("dense", declaration, params.check(declaration, values))
+    with pytest.raises(DataError, match="dataset own has one class, 'cat': expected two or more"):
+        starts.initial(run, "")
+    run.close()
+
+
+def test_a_distilled_models_heads_for_other_classes_start_anew(tmp_path, capsys):
+    arch = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(arch, img_size=32).state_dict(), tmp_path / "w.pth")
+    vit = models.create(arch, 3, 32, str(tmp_path / "w.pth"))
+    assert vit.head.out_features == vit.head_dist.out_features == 3
+    assert "starts at random" in capsys.readouterr().out
+    with pytest.raises(ModelError, match=r"\(1000, 192\), expected \(3, 192\)"):
+        models.create(arch, 3, 32, str(tmp_path / "w.pth"), fresh_head=False)
+
+
 def test_a_model_sees_pixels_as_its_own_statistics_say(dense, tmp_path):
     """A CLIP is fed by its own mean and std, which no name stands for."""
     weights(tmp_path / "w.pth", 1000)

@@ -26,6 +26,14 @@ def dry_run(sweep: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_weights_of_a_hub_leave_none_to_start_from(sweep):
+    """starts.dense would refuse the run when its time comes."""
+    for run, planned in sweeps.expand(yaml.safe_load(sweep.read_text()), ROOT / "notebooks").items():
+        if "pretrained" in (planned.parameters.get("ckpt"), planned.parameters.get("model_path")):
+            assert "weights" not in planned.parameters, run
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_sweep_expands(sweep):
     result = dry_run(sweep)
     assert result.returncode == 0, result.stderr[-2000:]

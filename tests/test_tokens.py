@@ -10,7 +10,7 @@ from families import FAMILIES, images, make
 from torch import nn
 
 from lib import blocks, evaluate
-from lib.pruners import rankings
+from lib.pruners import components, rankings
 from lib.pruners.baselines import GridDrop, ToMe
 from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches, TokenPruner, gather, kept_count, with_prefix
@@ -171,6 +171,20 @@ def test_unsupported_models_are_refused_by_name(arch):
         model = timm.create_model(arch)
     with pytest.raises(blocks.UnsupportedBlock, match=r"[\w.]+ .*expected"):
         TokenPruner(model)
+
+
+def test_parts_of_parallel_blocks_are_refused_by_name():
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_18x2_224", depth=1)
+    with pytest.raises(blocks.UnsupportedBlock, match="ParallelThingsBlock"):
+        components.exist(model)
+
+
+def test_what_embeds_no_patch_alone_is_refused_before_its_patches_are_ranked():
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_r_s16_p8_224")
+    with pytest.raises(blocks.UnsupportedBlock, match="HybridEmbed: expected timm's PatchEmbed"):
+        UCB(model)
 
 
 def test_random_patch_dropout_is_refused():

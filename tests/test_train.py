@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_s
     with pytest.raises(FloatingPointError, match="not finite at step 4"):
         fit(broken, tiny, recipe, run=make_run(), loss=nan_at(4), on_step=lambda m, step: seen.append(weights(m)))
     assert len(seen) == 4 and same(broken.state_dict(), seen[3])
-    state = States(make_run().dir / "last").newest(torch.device("cpu"))
+    state = States(make_run().dir / "last").newest()
     assert state["progress"]["batch"] == 1 and same(state["modules"]["model"], seen[3])
     assert plain(fit(begun, tiny, recipe, run=make_run())) == plain(history)
     assert same(begun.state_dict(), vit.state_dict())

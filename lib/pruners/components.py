@@ -66,6 +66,7 @@ def ones(vit: nn.Module, images: int | None = None) -> dict[str, Tensor]:
 
     Blocks with fewer heads or neurons than the widest leave the rest of their row unused.
     """
+    blocks.check(vit)
     like = next(vit.parameters())
     widths = [max(column, default=0) for column in zip(*map(sizes, vit.blocks), strict=True)] or [0, 0]
     units = dict(zip(("head", "neuron"), widths, strict=True))

@@ -66,6 +66,12 @@ def check_fixed_places(vit: nn.Module) -> None:
         raise blocks.UnsupportedBlock(f"{blocks.name_of(vit)}: expected a fixed image size and position embedding")
 
 
+def check_embeds_alone(embed: nn.Module) -> None:
+    """Raise UnsupportedBlock where patches cannot be embedded one without the others."""
+    if type(embed) is not PatchEmbed or not embed.flatten:
+        raise blocks.UnsupportedBlock(f"{blocks.name_of(embed)}: expected timm's PatchEmbed with flattened output")
+
+
 class TokenPruner(nn.Module):
     """A ViT whose blocks may lose tokens. A method overrides `block`; with no override this is the dense model.
 
@@ -176,8 +182,7 @@ class KeptPatchEmbed(nn.Module):
 
     def __init__(self, embed: nn.Module, kept: Tensor):
         super().__init__()
-        if type(embed) is not PatchEmbed or not embed.flatten:
-            raise blocks.UnsupportedBlock(f"{blocks.name_of(embed)}: expected timm's PatchEmbed with flattened output")
+        check_embeds_alone(embed)
         self.proj, self.norm = embed.proj, embed.norm
         self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
         self.num_patches = len(kept)

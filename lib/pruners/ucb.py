@@ -27,7 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lib import blocks
-from lib.pruners.tokens import FixedPatches, TokenPruner, check_fixed_places, gather, kept_count, with_prefix
+from lib.pruners.tokens import (
+    FixedPatches,
+    KeptPatchEmbed,
+    TokenPruner,
+    check_embeds_alone,
+    check_fixed_places,
+    gather,
+    kept_count,
+    with_prefix,
+)
 
 
 def ucb_scores(importance: Tensor, bonus: Tensor) -> Tensor:
@@ -63,6 +72,8 @@ class UCB(TokenPruner):
     ):
         blocks.check(vit)  # no visual tower of open_clip
         check_fixed_places(vit)
+        if not isinstance(vit.patch_embed, KeptPatchEmbed):
+            check_embeds_alone(vit.patch_embed)  # or no ranking could ever be frozen
         super().__init__(vit)
         kept_count(keep_ratio, self.patches)  # refuses ratios outside (0, 1]
         kept_count(1.0 if explore_ratio is None else explore_ratio, self.patches)
