@@ -67,8 +67,9 @@ def collect(run: Run) -> Arms:
 
 
 def _finished(run: Run) -> pd.DataFrame:
+    pattern = root() / Path(run.params["runs"]).expanduser()
     try:
-        table, left_out = finished.runs(root() / run.params["runs"], run.params["dataset"], run.params["metric"])
+        table, left_out = finished.runs(pattern, run.params["dataset"], run.params["metric"])
     except finished.NoRuns as error:
         if not run.params["models"]:
             raise

@@ -35,7 +35,7 @@ STATISTICS = {  # (mean, std) that published weights were trained with
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-VERSION = 1  # of the caches; raise it when their content changes
+VERSION = 2  # of the caches; raise it when their content changes
 
 
 @dataclass

@@ -102,7 +102,7 @@ def side_by_side(folders: Sequence[str | Path], digest: str) -> pd.DataFrame:
     """The scores of runs on the images of this digest, one row each, whatever names it twice; what is left out is
     printed with the reason."""
     rows = []
-    for folder in {Path(folder).resolve(): folder for folder in folders}.values():
+    for folder in dict.fromkeys(Path(resolve(str(folder))).resolve() for folder in folders):
         try:
             facts, metrics = read(folder, "provenance"), read(folder, "metrics")
         except CompareError as error:
@@ -134,7 +134,7 @@ def _making(run: Path, params: dict, facts: dict, known: dict[Path, tuple[str, t
     run from before a notebook had a parameter was made as one with its default. params, facts: params.json and
     provenance.json; known: of the runs that others started from, filled here.
     """
-    start = facts.get("start") or ""
+    start = _began(run, facts.get("start") or "")
     usual = _defaults(root() / "notebooks" / f"{run.parent.name}.ipynb")
     made, seeds, above = {}, [params.get("seed", 0)], _leads(start)
     for name, value in [*params.items(), ("", start)]:
@@ -155,6 +155,12 @@ def _making(run: Path, params: dict, facts: dict, known: dict[Path, tuple[str, t
             made[name] = [way, str(place.relative_to(folder))]
             seeds += others
     return json.dumps([run.parent.name, made], sort_keys=True), tuple(seeds)
+
+
+def _began(run: Path, start: str) -> str:
+    """What a run started from, by its path as it reads from here: its own project may be another clone."""
+    own = next((folder for folder in run.parents if (folder / "lib" / "runs.py").is_file()), root())
+    return portable(str(own / start)) if start and (own / start).exists() else portable(start)
 
 
 def _leads(value: Any) -> Path | None:

@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lib import params, runs, sweeps
+from lib import gpus, params, runs, sweeps
 
 try:
     import optuna
@@ -101,9 +101,8 @@ class Search:
         if not re.search(rf"\b{re.escape(self.metric)}\b", code):
             raise SearchError(f"metric is {self.metric!r}: {self.notebook} has none of this name")
         notebook = Path(f"notebooks/{self.notebook}.ipynb").read_text()
-        last = 'keep=\\"last\\"' in notebook or self.fixed.get("keep") == "last" or "keep" in self.settings["search"]
-        if last and self.settings["epoch"] == "best":
-            raise SearchError(f"epoch is best: {self.notebook} may end with its last, expected epoch: last")
+        if 'keep=\\"last\\"' in notebook and self.settings["epoch"] == "best":
+            raise SearchError(f"epoch is best: {self.notebook} ends with its last, expected epoch: last")
         for name, most in self.limit.items():
             if name not in COSTS or type(most) not in (int, float):
                 raise SearchError(f"limit is {name}: {most!r}: expected a number for {' or '.join(COSTS)}")
@@ -247,7 +246,9 @@ def _distribution(parameter: params.Parameter, given: dict | list) -> distributi
 
 
 def _measured(folder: Path, epoch: str) -> dict[str, float]:
-    """What may decide: the val_… of metrics.json, or of the epoch whose weights stayed; and its costs."""
+    """What may decide: the val_… of metrics.json, or of the epoch whose weights stayed (`epoch`, unless the run has a
+    parameter `keep`); and its costs."""
+    epoch = json.loads((folder / "params.json").read_text()).get("keep", epoch)
     found, log, metrics = {}, folder / "metrics.jsonl", json.loads((folder / "metrics.json").read_text())
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if rows and epoch == "best":  # as lib.train ranks them
@@ -308,7 +309,7 @@ def main() -> None:
         study = search.study()
         search.go(study, given.trials or search.trials, given.jobs)
         search.report(study)
-    except (SearchError, sweeps.SweepError) as error:
+    except (SearchError, sweeps.SweepError, gpus.TooFew) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on")

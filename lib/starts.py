@@ -62,7 +62,7 @@ def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
     if not weights or models.is_bare(weights):
         return Start("", vit, images, about)
     before = models.header(weights)["metadata"]
-    if before.get("data") == about["data"]:
+    if {name: runs.portable(value) for name, value in before.get("data", {}).items()} == about["data"]:
         unchanged(before, images)
     return Start(weights if Path(weights).is_dir() else "", vit, images, about)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from timm.data import ImageNetInfo
 from torch import nn
 
-from lib import data, evaluate, models, runs
+from lib import evaluate, models, runs, starts
 from lib.params import ParameterError
 from lib.pruners.tokens import TokenPruner
 from lib.starts import Start
@@ -145,8 +145,8 @@ def start(run: runs.Run, clip: Clip) -> Start:
     """
     check(run)
     params = run.params
-    source = {"dataset": runs.resolve(params["dataset"]), "img_size": clip.size, "labels_csv": None}
-    images = replace(data.load(**source, root=runs.root() / "data"), mean=clip.mean, std=clip.std)
+    source = {"dataset": runs.portable(params["dataset"]), "img_size": clip.size, "labels_csv": None}
+    images = replace(starts.dataset({"data": source}), mean=clip.mean, std=clip.std)
     prompts = params["templates"] or templates(images.name)
     where = evaluate.device()
     weights = (

@@ -187,6 +187,23 @@ def test_runs_of_one_name_in_two_places_are_two_arms(tmp_path):
     assert {arm: rows.seed.tolist() for arm, rows in finished.runs(tmp_path / "*/*/*")[0].groupby("arm")} == named
 
 
+def test_places_count_from_the_project_of_the_run(tmp_path, monkeypatch):
+    """A run says what it started from as it reads in its own project, which may be another clone."""
+    for clone, epochs in (("here", 1), ("there", 4)):
+        (tmp_path / clone / "lib").mkdir(parents=True)
+        (tmp_path / clone / "lib" / "runs.py").touch()
+        run(tmp_path / clone / "outputs", "dense/one", method="dense", params={"epochs": epochs})
+        run(tmp_path / clone / "outputs", "eap/one", method="eap", start="outputs/dense/one")
+    monkeypatch.setattr(finished, "root", lambda: tmp_path / "here")
+    monkeypatch.setattr("lib.runs.root", lambda: tmp_path / "here")
+    (tmp_path / "here" / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "here" / "notebooks")
+    named = ["eap 0.5 (outputs/eap/one)", f"eap 0.5 ({tmp_path}/there/outputs/eap/one)"]
+    assert sorted(arm for arm in finished.runs(tmp_path / "*/outputs/eap/*")[0].arm) == sorted(named)
+    table = finished.side_by_side(["outputs/dense/one", tmp_path / "here" / "outputs" / "eap" / "one"], "d")
+    assert table.method.tolist() == ["dense", "eap"] and all(Path(folder).is_dir() for folder in table.run)
+
+
 def test_where_no_run_is_left_each_has_its_reason(tmp_path):
     for name, dataset in (("dense/a", "toy"), ("dense/b", "toy"), ("dense/c", "other")):
         made = run(tmp_path, name, dataset=dataset)

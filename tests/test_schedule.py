@@ -252,11 +252,11 @@ def test_a_missing_file_is_refused_in_one_line(tmp_path):
 
 
 def parts_of(pruner):
-    """Tokens, pairs of tokens and merging blocks of one image."""
+    """Tokens, pairs of tokens, matching blocks: a class token does not see what the last block merges."""
     attention, mlp = pruner.counts()
-    return np.array(
-        [sum(mlp), sum(n * n for n in attention), sum(a != b for a, b in zip(*pruner.counts(), strict=True)), 1]
-    )
+    merging = [a != b for a, b in zip(attention, mlp, strict=True)]
+    matching = sum(merging[:-1] if pruner.vit.global_pool == "token" else merging)
+    return np.array([sum(mlp), sum(n * n for n in attention), matching, 1])
 
 
 def timed(monkeypatch, time):
@@ -427,3 +427,9 @@ def test_a_schedule_is_looked_for_and_used_again(start, given, tmp_path):
     other.write_text(CHOSEN.to_json())
     with pytest.raises(params.ParameterError, match=r"other\.json is for 3 blocks: expected one for 4$"):
         merging.found(given(schedule_path=str(other)), start, Ward)
+
+
+def test_a_match_that_is_not_made_costs_no_time():
+    """In a last block whose patches nobody reads."""
+    for family, matched in (("vit", 2), ("no class token", 3)):
+        assert schedule._work(ToMe(make(family), [3, 2, 1]))[2] == matched / 10

@@ -66,6 +66,7 @@ def at_once(monkeypatch):
             return 1
         metrics = {"top1": 0.5, "macs_g": abs(read["x"]), "val_x": read["x"], "params_m": read["count"]}
         (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "params.json").write_text(json.dumps(values))
         rows = [{"val_top1": 1 - (read["x"] - 3) ** 2 / 100, "val_nll_nats": 2.0}, {"val_top1": -5, "val_nll_nats": 1}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "provenance.json").write_text(json.dumps({"command": f"papermill {folder.name}"}))
@@ -200,19 +201,35 @@ def test_the_metric_is_of_the_epoch_that_is_kept(project, at_once, epoch, expect
     assert go(trials=1, metric="val_nll_nats", direction="minimize", epoch=epoch).best_value == expected
 
 
-@pytest.mark.parametrize("way", ["code", "parameters", "search"])
-def test_a_notebook_that_keeps_its_last_epoch_is_judged_by_it(project, at_once, way):
+def test_a_notebook_that_keeps_its_last_epoch_is_judged_by_it(project):
     """Its best epoch is of a model that is gone."""
-    code = CODE if way != "code" else f'recipe = dict(keep="last")\n{CODE}'
-    write_notebook(Path("notebooks/tiny.ipynb"), f'keep: str = "best"  # one of best, last\n{DECLARED}', code)
-    config = {} if way == "code" else {way: CONFIG.get(way, {}) | {"keep": "last" if way == "parameters" else ["last"]}}
-    with pytest.raises(search.SearchError, match="epoch is best: tiny may end with its last, expected epoch: last"):
-        search.Search({**CONFIG, **config})
-    search.Search({**CONFIG, **config, "epoch": "last"})
+    write_notebook(Path("notebooks/tiny.ipynb"), DECLARED, f'recipe = dict(keep="last")\n{CODE}')
+    with pytest.raises(search.SearchError, match="epoch is best: tiny ends with its last, expected epoch: last"):
+        search.Search(CONFIG)
+    search.Search(CONFIG | {"epoch": "last"})
+
+
+def test_more_gpus_than_there_are_is_one_line(project, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    result = call(gpus=2, trials=1)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "a run wants 2 GPUs: this machine shows 1"
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_was_told_which_epoch_to_keep_is_judged_by_that(project):
+    Path("metrics.json").write_text("{}")
+    rows = [{"val_top1": 0.9, "val_nll_nats": 1.0}, {"val_top1": 0.5, "val_nll_nats": 2.0}]
+    Path("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for keep, expected in (("best", 0.9), ("last", 0.5)):
+        Path("params.json").write_text(json.dumps({"keep": keep}))
+        for epoch in ("best", "last"):
+            assert search._measured(Path("."), epoch)["val_top1"] == expected
 
 
 def test_of_a_training_in_states_the_model_that_was_cut_counts(project):
     """Its log is of models before the cut."""
+    Path("params.json").write_text("{}")
     Path("metrics.json").write_text('{"val_top1": 0.3, "macs_g": 2.0}')
     rows = [{"state": state, "val_top1": 0.9 - state / 10, "val_nll_nats": 1.0} for state in (0, 0, 1)]
     Path("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

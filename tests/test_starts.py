@@ -228,6 +228,20 @@ def test_what_starts_from_the_shipped_checkpoint_is_no_runs_model_trained_on(tmp
     run.close()
 
 
+def test_images_that_changed_are_found_by_whatever_path_they_were_trained_on(tmp_path, monkeypatch):
+    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    folder = pictures(tmp_path / "own", ["cat", "dog"])
+    for named in (folder, "own"):  # of before paths stood from the project's folder, and of now
+        about = {"data": {"dataset": named, "labels_csv": None, "img_size": 48}, "digest": "other"}
+        models.save(models.create("vit_digits", 2), tmp_path / "run" / "model", **about)
+        values = {"output_dir": "out", "dataset": folder, "img_size": 48, "weights": str(tmp_path / "run")}
+        run = runs.Run("dense", declaration, params.check(declaration, values))
+        with pytest.raises(DataError, match="other images than when this model was trained"):
+            starts.initial(run, run.params["weights"])
+        run.close()
+
+
 def test_one_class_is_no_data_to_train_on(tmp_path):
     """Often a path that leads one folder too deep."""
     declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))

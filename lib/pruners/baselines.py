@@ -144,7 +144,7 @@ class ToMe(TokenPruner):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
-        return self._head(*self._blocks(images, told=self._pools))
+        return self._head(*self._blocks(images, told=self.pools))
 
     def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits (B, classes), and per block the ids of its tokens (B, n) and which of them each patch is in (B, P)."""
@@ -152,7 +152,7 @@ class ToMe(TokenPruner):
         return self._head(x, moves), self._followed(x, moves)
 
     @property
-    def _pools(self) -> bool:
+    def pools(self) -> bool:
         """Whether the head reads patches."""
         return self.vit.attn_pool is not None or self.vit.global_pool != "token"
 
@@ -194,7 +194,7 @@ class ToMe(TokenPruner):
 
     def _head(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> Tensor:
         # what pools over patches takes a merged one as often as it stands for some
-        if any(moves) and self._pools:
+        if any(moves) and self.pools:
             ids, sources = self._followed(x, moves)[-1]
             place = torch.arange(ids.shape[1], device=x.device).expand_as(ids)
             place = torch.zeros_like(sources).scatter(1, ids, place).gather(1, sources)

@@ -172,4 +172,5 @@ def milliseconds(
 def _work(pruner: ToMe) -> np.ndarray:
     """What the time of a merging model consists of: tokens, pairs of tokens, merging blocks, one."""
     attention, mlp = (np.array(counts, dtype=float) for counts in pruner.counts())
-    return np.array([mlp.sum() / 1e3, (attention**2).sum() / 1e6, (attention != mlp).sum() / 10, 1.0])
+    matched = (attention != mlp)[: None if pruner.pools else -1]  # a last block that nobody reads patches of has none
+    return np.array([mlp.sum() / 1e3, (attention**2).sum() / 1e6, matched.sum() / 10, 1.0])
