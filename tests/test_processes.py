@@ -1,6 +1,7 @@
 """A training that several processes share: the weights of one, whatever it trains and wherever it is stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def test_what_a_process_raises_is_raised_here(tmp_path, tiny_h5, monkeypatch):
     images, recipe = data.load(tiny_h5, root=tmp_path), replace(RECIPE, num_processes=2)
 
     def go(loss, **changes):
+        shutil.rmtree(tmp_path / "last", ignore_errors=True)  # of the epoch before
         fit(make("dense"), images, replace(recipe, **changes), run=runs.Part("t", tmp_path), loss=loss)
 
     with pytest.raises(FloatingPointError, match="not finite at step 3"):
@@ -181,6 +183,28 @@ def test_what_a_process_raises_is_raised_here(tmp_path, tiny_h5, monkeypatch):
     with pytest.raises(ValueError, match="cannot be handed this training .*Elsewhere.*use num_processes=1"):
         go(elsewhere("not found"))
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+class Counted(Wrong):
+    """A loss that leaves a line in a file for each of its calls by the first process, and is right."""
+
+    def __init__(self, file: Path):
+        super().__init__("")
+        self.file = file
+
+    def __call__(self, model, images, targets):
+        if os.environ["RANK"] == "0":
+            self.file.open("a").write("step\n")
+        return super().__call__(model, images, targets)
+
+
+def test_what_processes_saved_they_go_on_from(tmp_path, tiny_h5):
+    """Begun anew it would end with the same weights, only later."""
+    images, recipe, run = data.load(tiny_h5, root=tmp_path), replace(RECIPE, num_processes=2), runs.Part("t", tmp_path)
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        fit(make("dense"), images, recipe, run=run, loss=Wrong("nan"))
+    fit(make("dense"), images, recipe, run=run, loss=Counted(tmp_path / "steps"))
+    assert (tmp_path / "steps").read_text() == 3 * "step\n", "the second of two epochs"
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
