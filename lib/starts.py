@@ -81,14 +81,13 @@ def published(run: runs.Run, weights: str) -> Start:
     known = {*images.class_ids} <= {*synsets}
     try:
         vit = models.create(params["arch"], len(images.classes), size, file, fresh_head=False)
-        fewer = False
     except models.ModelError:
         if not known:
             raise
-        vit, fewer = models.create(params["arch"], len(synsets), size, file, fresh_head=False), True
-    if fewer or (known and len(images.classes) == len(synsets)):
+        vit = models.create(params["arch"], len(synsets), size, file, fresh_head=False)
+    if known and vit.num_classes == len(synsets):
         vit = models.of_classes(vit, [synsets.index(wnid) for wnid in images.class_ids])
-    elif len(images.classes) == len(synsets):
+    elif vit.num_classes == len(synsets):
         print(f"{images.name} has 1,000 classes without WordNet ids: taken to be in ImageNet-1k's order")
     models.match(vit, evaluate.image_shape(images))
     if weights == "pretrained" and params["normalise"] == run.defaults["normalise"]:
