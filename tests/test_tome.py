@@ -155,26 +155,30 @@ def test_every_patch_is_in_one_token_and_never_leaves_its_company(family):
         before = sources
 
 
-def cosines(keys, first):
-    unit = torch.nn.functional.normalize(keys, dim=2)
-    return unit[:, first::2] @ unit[:, 1 - first :: 2].transpose(1, 2)
+def cosines(keys, prefix):
+    """Of tokens' keys (B, N, d): each patch at an even place of the sequence with each at an odd one."""
+    unit, even = torch.nn.functional.normalize(keys, dim=2), prefix + prefix % 2
+    return unit[:, even::2] @ unit[:, prefix + 1 - prefix % 2 :: 2].transpose(1, 2)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_merge_adds_sizes_and_keeps_the_mean(first):
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_merge_adds_sizes_and_keeps_the_mean(prefix):
     generator = torch.Generator().manual_seed(0)
-    x, keys = (torch.randn(2, 21, width, generator=generator, dtype=torch.float64) for width in (5, 4))
-    ids = sources = torch.arange(21).expand(2, -1)
-    size, total = torch.ones_like(ids, dtype=torch.float64), x.sum(dim=1)
+    x, keys = (torch.randn(2, prefix + 21, width, generator=generator, dtype=torch.float64) for width in (5, 4))
+    sources = torch.arange(21).expand(2, -1)
+    ids = torch.nn.functional.pad(sources, (prefix, 0), value=-1)
+    size, total, head = torch.ones_like(ids, dtype=torch.float64), x.sum(dim=1), x[:, :prefix].clone()
     for r in (10, 3, 4):
         number = x.shape[1]
-        x, size, *moves = merge(x, cosines(keys[:, :number], first), r, first, size, size)
+        x, size, *moves = merge(x, cosines(keys[:, :number], prefix), r, size, size, prefix)
         ids, sources = follow(ids, sources, *moves)
         assert x.shape[1] == ids.shape[1] == size.shape[1] == number - r
-        assert (size.sum(dim=1) == 21).all()
+        assert (size.sum(dim=1) == prefix + 21).all()
+        assert torch.equal(x[:, :prefix], head) and (ids[:, :prefix] == -1).all() and (size[:, :prefix] == 1).all()
         torch.testing.assert_close((x * size[..., None]).sum(dim=1), total, rtol=0, atol=1e-12)
         for image in range(2):
-            assert torch.equal(torch.bincount(sources[image], minlength=21)[ids[image]].double(), size[image])
+            patches = ids[image, prefix:]
+            assert torch.equal(torch.bincount(sources[image], minlength=21)[patches].double(), size[image, prefix:])
 
 
 def test_a_on_b_by_hand():
@@ -182,13 +186,13 @@ def test_a_on_b_by_hand():
     keys = torch.tensor([[[1.0, 0], [3, 0.01], [-1, -1], [0, 5], [0.02, 1]]], dtype=torch.float64)
     x = torch.tensor([[[1.0], [2], [4], [8], [16]]], dtype=torch.float64)
     ids, size = torch.tensor([[5, 1, 2, 0, 4]]), torch.tensor([[1.0, 3, 1, 1, 2]], dtype=torch.float64)
-    found, sizes, *moves = merge(x, cosines(keys, 0), 2, 0, size, size)
+    found, sizes, *moves = merge(x.clone(), cosines(keys, 0), 2, size, size, 0)
     assert found.flatten().tolist() == pytest.approx([4, 7 / 4, 40 / 3])
     assert sizes.tolist() == [[1, 4, 3]]
-    assert [each.tolist() for each in moves] == [[[2, 1, 3]], [[0, 4]], [[1, 3]]]
+    assert [each.tolist() for each in moves] == [[2, 1, 3], [0, 4], [1, 3]]
     names = follow(ids, torch.tensor([[0, 1, 2, 1, 4, 5, 4, 1]]), *moves)
     assert [each.tolist() for each in names] == [[[2, 1, 0]], [[0, 1, 2, 1, 0, 1, 0, 1]]]
-    x, size, *moves = merge(x, cosines(keys, 0), 1, 0, size, size)
+    x, size, *moves = merge(x, cosines(keys, 0), 1, size, size, 0)
     ids, _ = follow(ids, torch.arange(6)[None], *moves)
     assert (ids.tolist(), size.tolist()) == ([[2, 4, 1, 0]], [[1, 2, 4, 1]]), "the most alike pair goes first"
 
@@ -218,10 +222,8 @@ def test_prefix_tokens_leave_a_block_as_from_the_whole_block(family):
     whole = block(x)
     torch.testing.assert_close(found[:, :prefix], whole[:, :prefix], rtol=0, atol=1e-11)
     for image in range(3):
-        alone = size[image] == 1
-        torch.testing.assert_close(
-            found[image, prefix:][alone], whole[image, prefix:][left[image][alone]], rtol=0, atol=1e-11
-        )
+        alone, places = size[image] == 1, left.unflatten(0, (3, -1))[image] - image * whole.shape[1]
+        torch.testing.assert_close(found[image][alone], whole[image][places[alone]], rtol=0, atol=1e-11)
 
 
 def test_more_than_half_is_capped():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lib import blocks
 from lib.pruners.dropping import Dropping
-from lib.pruners.tokens import TokenPruner, gather, highest, with_prefix
+from lib.pruners.tokens import TokenPruner, gather, highest
 
 
 class TopK(Dropping):
@@ -171,26 +171,26 @@ class ToMe(TokenPruner):
         prefix = self.prefix
         if not block.attn.num_heads:
             return block(x), size
-        bias = None if size is None else F.pad(size.log(), (prefix, 0))[:, None, None]  # (B, 1, 1, N)
-        x, _, q, k = blocks.attended(block, x, bias)
+        x, _, q, k = blocks.attended(block, x, None if size is None else size.log()[:, None, None])
         moved, running = (), x.shape[1] - prefix
         if (r := min(r, running // 2)) and not matched:
             x = x[:, : x.shape[1] - r]
         elif r:
-            size = x.new_ones(len(x), running) if size is None else size
+            size = x.new_ones(x.shape[:2]) if size is None else size
             with torch.no_grad():
-                likeness, weight = self._likeness(block.attn, q, k, size, prefix % 2)
-            x, size, *moved = merge(x, likeness, r, prefix % 2, size, weight, prefix)
+                likeness, weight = self._likeness(block.attn, q, k, size)
+            x, size, *moved = merge(x, likeness, r, size, weight, prefix)
         return blocks.add_mlp(block, x), size, *moved
 
-    def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """How alike each of A (B, |A|) and each of B are, (B, |A|, |B|), and by what tokens count in a mean, (B, n).
+    def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """How alike each of A and each of B are, (B, |A|, |B|), and by what tokens count in a mean, (B, N).
 
-        q, k: of all tokens, (B, H, N, d). Without gradient: what is chosen has none.
+        q, k: of all tokens, (B, H, N, d); size: of all tokens, (B, N). Without gradient: what is chosen has none.
         """
         keys = head_sum(k[:, :, self.prefix :])  # in the direction of their mean
-        keys = keys.div_(keys.norm(dim=-1, keepdim=True))  # in place: a fresh result costs as much as the arithmetic
-        return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), size
+        keys.div_(torch.linalg.vector_norm(keys, dim=2, keepdim=True))  # in place: a fresh result costs as much
+        a, b = dealt(keys, self.prefix)
+        return a @ b.transpose(1, 2), size
 
     def _head(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> Tensor:
         # what pools over patches takes a merged one as often as it stands for some
@@ -203,11 +203,11 @@ class ToMe(TokenPruner):
 
     def _followed(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
         """Per block the ids of its tokens (B, n), and which of them each patch is in (B, P)."""
-        ids = sources = torch.arange(self.patches, device=x.device).expand(len(x), -1)
-        record = []
+        sources = torch.arange(self.patches, device=x.device).expand(len(x), -1)
+        ids, record = F.pad(sources, (self.prefix, 0), value=-1), []
         for moved in moves:
             ids, sources = follow(ids, sources, *moved) if moved else (ids, sources)
-            record.append((ids, sources))
+            record.append((ids[:, self.prefix :], sources))
         return record
 
     @torch.inference_mode()
@@ -217,30 +217,36 @@ class ToMe(TokenPruner):
             return [self.original(sources) for _, sources in self.run(images)[1]]
 
 
-def merge(
-    x: Tensor, likeness: Tensor, r: int, first: int, size: Tensor, weight: Tensor, prefix: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of ToMe: tokens x (B, prefix + n, D), and of all after the prefix sizes (B, n), and weights (B, n) by
-    which they count in a mean. likeness: of each of A and each of B, (B, |A|, |B|); the r most alike pairs merge.
+def dealt(patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Of patches (B, n, …) those of A and those of B. A are at even places of the whole sequence, as in the paper."""
+    return patches[:, prefix % 2 :: 2], patches[:, 1 - prefix % 2 :: 2]
 
-    A are the places first, first + 2, …. Returns x and sizes of what goes on, what stays of A first, in order, then B,
-    and among the places after the prefix those that are left (B, n − r), that go, and that they go into (B, r).
+
+def merge(
+    x: Tensor, likeness: Tensor, r: int, size: Tensor, weight: Tensor, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step of ToMe: tokens x (B, N, D), which this overwrites, their sizes (B, N), and weights (B, N) by which they
+    count in a mean. likeness: of each of A and each of B (see `dealt`), (B, |A|, |B|); the r most alike pairs merge.
+
+    Returns tokens and sizes of what goes on: prefix tokens, what stays of A, in order, then B. And of the B · N tokens
+    in a row the places of those that are left (B · (N − r),), that go, and that they go into (B · r,).
     """
     order = highest(likeness.amax(dim=2), likeness.shape[1])
-    partner = gather(likeness, order[:, :r]).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
-    goes, into = first + 2 * order[:, :r], 1 - first + 2 * partner
-    stays = first + 2 * order[:, r:].sort(dim=1).values
-    b = torch.arange(1 - first, size.shape[1], 2, device=x.device).expand(x.shape[0], -1)
-    left = torch.cat([stays, b], dim=1)
-    total = size.scatter_add(1, into, size.gather(1, goes))
-    mass = total if weight is size else weight.scatter_add(1, into, weight.gather(1, goes))
+    goes, stays = order[:, :r], order[:, r:].sort(dim=1).values
+    partner = gather(likeness, goes).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
+    token = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
+    a, b = dealt(token[:, prefix:], prefix)
+    left = torch.cat([token[:, :prefix], a.gather(1, stays), b], dim=1).flatten()
+    goes, into = a.gather(1, goes).flatten(), b.gather(1, partner).flatten()
     # The mean Σ w x / Σ w is x_B + Σ_A (x_A − x_B) w_A / Σ w: only rows that something is merged into are touched.
-    share = weight.gather(1, goes) / mass.gather(1, into)
-    moved = gather(x, goes + prefix).sub_(gather(x, into + prefix)).mul_(share[..., None])  # (B, r, D)
-    x = gather(x, with_prefix(left, prefix))
-    rows = partner + prefix + stays.shape[1] + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
-    x.flatten(0, 1).index_add_(0, rows.flatten(), moved.flatten(0, 1))  # many may go into one
-    return x, total.gather(1, left), left, goes, into
+    rows, share = x.flatten(0, 1), weight.flatten().index_select(0, goes)
+    mass = weight.flatten().index_add(0, into, share)
+    total = mass if weight is size else size.flatten().index_add(0, into, size.flatten().index_select(0, goes))
+    share = share / mass.index_select(0, into)
+    moved = rows.index_select(0, goes).sub_(rows.index_select(0, into)).mul_(share[:, None])  # (B · r, D)
+    rows.index_add_(0, into, moved)  # many may go into one
+    x, size = (each.index_select(0, left).unflatten(0, (x.shape[0], -1)) for each in (rows, total))
+    return x, size, left, goes, into
 
 
 def merging(blocks: Sequence[nn.Module], every: int) -> list[int]:
@@ -257,11 +263,11 @@ def head_sum(k: Tensor) -> Tensor:
 
 
 def follow(ids: Tensor, sources: Tensor, left: Tensor, goes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (B, n) of tokens after one `merge`, (B, n − r), and by which of them each patch goes (B, P), where `sources`
+    """Ids (B, N) of tokens after one `merge`, (B, N − r), and by which of them each patch goes (B, P), where `sources`
     said it before."""
+    left, goes, into = (ids.flatten()[places].unflatten(0, (len(ids), -1)) for places in (left, goes, into))
     parent = torch.arange(sources.shape[1], device=ids.device).expand_as(sources)
-    parent = parent.scatter(1, ids.gather(1, goes), ids.gather(1, into))
-    return ids.gather(1, left), parent.gather(1, sources)
+    return left, parent.scatter(1, goes, into).gather(1, sources)
 
 
 DROPPING = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}

@@ -17,11 +17,10 @@ each other. ToMe looks at the angle between mean keys alone. That importance hel
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import blocks
-from lib.pruners.baselines import ToMe, head_sum
+from lib.pruners.baselines import ToMe, dealt, head_sum
 
 LINKAGES = ("ward", "cosine")
 KEYS = ("heads", "mean")
@@ -55,7 +54,7 @@ class Ward(ToMe):
     def arguments(self) -> dict:
         return {"r": self.r, "gamma": self.gamma, "linkage": self.linkage, "keys": self.keys}
 
-    def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         prefix, weight = self.prefix, size
         keys = k.transpose(1, 2).flatten(2)  # (B, N, H · d), as the projection laid them: mostly no copy
         if self.gamma:
@@ -63,21 +62,27 @@ class Ward(ToMe):
             weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)  # of weights 0 there is no mean
         keys = head_sum(k[:, :, prefix:]) if self.keys == "mean" else keys[:, prefix:]
         if self.linkage == "cosine":
-            keys = keys / keys.norm(dim=-1, keepdim=True)
-            return keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2), weight
-        pairs = lambda each: each[:, first::2, None] + each[:, None, 1 - first :: 2]  # noqa: E731
-        a, b = keys[:, first::2], keys[:, 1 - first :: 2]
-        apart = pairs(keys.square().sum(dim=2)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
-        return apart.div_(pairs(-1 / weight)), weight
+            a, b = dealt(keys / torch.linalg.vector_norm(keys, dim=2, keepdim=True), prefix)
+            return a @ b.transpose(1, 2), weight
+        a, b = dealt(keys, prefix)
+        squares = torch.linalg.vector_norm(keys, dim=2).square()  # one pass, where squares and their sum take two
+        apart = pairs(*dealt(squares, prefix)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
+        return apart.div_(pairs(*dealt(-1 / weight[:, prefix:], prefix))), weight
 
     def _read(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> Tensor:
-        """The class token's attention to tokens, per patch, (B, n), in shares of its mean: few powers of it vanish."""
-        sizes = F.pad(size.log(), (self.prefix, 0))[:, None]  # ToMe's proportional attention, (B, 1, N)
+        """The class token's attention to tokens, per patch, (B, N), in shares of the patches' mean: few powers of it
+        vanish."""
+        sizes = size.log()[:, None]  # ToMe's proportional attention
         if self.vit.has_class_token:
             heads = zip(q[:, :, :1].unbind(1), k.unbind(1), strict=True)  # one product over heads would copy k first
             logits = torch.cat([row @ keys.transpose(1, 2) for row, keys in heads], dim=1) * attn.scale  # (B, H, N)
             attention = (logits + sizes).softmax(dim=-1).mean(dim=1)
         else:
             attention = blocks.probabilities(attn, q, k, sizes[:, None]).mean(dim=(1, 2))
-        read = attention[:, self.prefix :] / size
-        return (read / read.mean(dim=1, keepdim=True)).clamp(min=1e-6)
+        read = attention / size
+        return (read / read[:, self.prefix :].mean(dim=1, keepdim=True)).clamp(min=1e-6)
+
+
+def pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of each of a (B, |A|) and each of b (B, |B|): (B, |A|, |B|)."""
+    return a[:, :, None] + b[:, None]
