@@ -117,7 +117,13 @@ def test_exports_and_compiles(family, method, arguments):
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
 
 
-@on(["vit", "no class token"], PLAIN)
+@on(["vit", "no class token"])
+def test_an_empty_batch_has_no_logits(family, method, arguments):
+    pruner = method(make(family), **arguments).eval()
+    assert pruner(images(pruner.vit)[:0]).shape == (0, 7)
+
+
+@on(["vit", "no class token", "registers, mean pooling"], PLAIN)
 def test_exports_to_onnx(family, method, arguments, tmp_path):
     pruner = method(make(family), **arguments).float().eval()
     x = images(pruner.vit, 2).float()

@@ -197,12 +197,19 @@ def test_an_attended_token_resists_by_hand():
     """Both pairs are 1 apart; the patches at y = 1 get e times the attention of those at y = 0."""
     keys = [(0.0, 1.0), (1.0, 1.0), (10.0, 0.0), (11.0, 0.0)]
     alike, weight = likeness(keys, [1.0] * 4)
-    assert weight == [1.0] * 4 and alike.diagonal().tolist() == pytest.approx([-0.5] * 2, rel=1e-15)
+    assert weight == [1.0] * 4 and alike.diagonal().tolist() == pytest.approx([-0.5] * 2, rel=1e-15, abs=0)
     alike, weight = likeness(keys, [1.0] * 4, gamma=1.0, looks_at=(0.0, 1.0))
     high, low = 2 * math.e / (math.e + 1), 2 / (math.e + 1)  # of a mean of 1
     assert weight == pytest.approx([high, high, low, low])
     assert alike.diagonal().tolist() == pytest.approx([-high / 2, -low / 2])
     assert likeness(keys, [1.0] * 4, gamma=2.0, looks_at=(0.0, 1.0))[1] == pytest.approx([high**2] * 2 + [low**2] * 2)
+
+
+def test_close_keys_are_told_apart_in_half_precision():
+    """|(16, 1)|² + |(16, 2)|² − 2 · 258 is 1, of which nothing is left where either norm is rounded to 8 bits."""
+    k = torch.tensor([[[[16.0, 1.0], [16.0, 2.0]]]], dtype=torch.bfloat16)
+    pruner = Ward(make("no class token"), gamma=0.0)
+    assert pruner._likeness(SimpleNamespace(scale=1.0), k, k, torch.ones(1, 2, dtype=k.dtype))[0].item() == -0.5
 
 
 def test_attention_counts_per_patch_by_hand():

@@ -183,7 +183,8 @@ class ToMe(TokenPruner):
         return blocks.add_mlp(block, x), size, *moved
 
     def _likeness(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """How alike each of A and each of B are, (B, |A|, |B|), and by what tokens count in a mean, (B, N).
+        """How alike each of A and each of B are, (B, |A|, |B|), and by what tokens count in a mean, (B, N); what is
+        said of prefix tokens is not read.
 
         q, k: of all tokens, (B, H, N, d); size: of all tokens, (B, N). Without gradient: what is chosen has none.
         """
@@ -225,27 +226,28 @@ def dealt(patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
 def merge(
     x: Tensor, likeness: Tensor, r: int, size: Tensor, weight: Tensor, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One step of ToMe: tokens x (B, N, D), which this overwrites, their sizes (B, N), and weights (B, N) by which they
-    count in a mean. likeness: of each of A and each of B (see `dealt`), (B, |A|, |B|); the r most alike pairs merge.
+    """One step of ToMe: tokens x (B, N, D), not to be read afterwards, their sizes (B, N), and weights (B, N) by which
+    they count in a mean. likeness: of each of A and each of B (see `dealt`), (B, |A|, |B|). The r most alike merge.
 
     Returns tokens and sizes of what goes on: prefix tokens, what stays of A, in order, then B. And of the B · N tokens
-    in a row the places of those that are left (B · (N − r),), that go, and that they go into (B · r,).
+    in a row the places of those that are left (B, N − r), that go, and that they go into (B, r).
     """
     order = highest(likeness.amax(dim=2), likeness.shape[1])
-    goes, stays = order[:, :r], order[:, r:].sort(dim=1).values
-    partner = gather(likeness, goes).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
-    token = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
-    a, b = dealt(token[:, prefix:], prefix)
-    left = torch.cat([token[:, :prefix], a.gather(1, stays), b], dim=1).flatten()
-    goes, into = a.gather(1, goes).flatten(), b.gather(1, partner).flatten()
+    going, stays = order[:, :r], order[:, r:].sort(dim=1).values
+    partner = gather(likeness, going).max(dim=2).indices  # of those that go: a maximum is cheaper than its place
+    place = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
+    a, b = dealt(place[:, prefix:], prefix)
+    left = torch.cat([place[:, :prefix], a.gather(1, stays), b], dim=1)
+    goes, into = a.gather(1, going), b.gather(1, partner)
     # The mean Σ w x / Σ w is x_B + Σ_A (x_A − x_B) w_A / Σ w: only rows that something is merged into are touched.
-    rows, share = x.flatten(0, 1), weight.flatten().index_select(0, goes)
-    mass = weight.flatten().index_add(0, into, share)
-    total = mass if weight is size else size.flatten().index_add(0, into, size.flatten().index_select(0, goes))
-    share = share / mass.index_select(0, into)
-    moved = rows.index_select(0, goes).sub_(rows.index_select(0, into)).mul_(share[:, None])  # (B · r, D)
-    rows.index_add_(0, into, moved)  # many may go into one
-    x, size = (each.index_select(0, left).unflatten(0, (x.shape[0], -1)) for each in (rows, total))
+    rows, taken, taker = x.flatten(0, 1), goes.flatten(), into.flatten()  # rows: of x itself, or of a contiguous copy
+    added = weight.flatten().index_select(0, taken)
+    mass = weight.flatten().index_add(0, taker, added)
+    total = mass if weight is size else size.flatten().index_add(0, taker, size.flatten().index_select(0, taken))
+    share = added / mass.index_select(0, taker)
+    moved = rows.index_select(0, taken).sub_(rows.index_select(0, taker)).mul_(share[:, None])  # (B · r, D)
+    rows.index_add_(0, taker, moved)  # many may go into one
+    x, size = (each.index_select(0, left.flatten()).unflatten(0, left.shape) for each in (rows, total))
     return x, size, left, goes, into
 
 
@@ -265,9 +267,9 @@ def head_sum(k: Tensor) -> Tensor:
 def follow(ids: Tensor, sources: Tensor, left: Tensor, goes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     """Ids (B, N) of tokens after one `merge`, (B, N − r), and by which of them each patch goes (B, P), where `sources`
     said it before."""
-    left, goes, into = (ids.flatten()[places].unflatten(0, (len(ids), -1)) for places in (left, goes, into))
+    after, gone, taker = (ids.flatten()[places] for places in (left, goes, into))
     parent = torch.arange(sources.shape[1], device=ids.device).expand_as(sources)
-    return left, parent.scatter(1, goes, into).gather(1, sources)
+    return after, parent.scatter(1, gone, taker).gather(1, sources)
 
 
 DROPPING = {"random": RandomDrop, "grid": GridDrop, "topk": TopK, "evit": EViT}

@@ -65,7 +65,9 @@ class Ward(ToMe):
             a, b = dealt(keys / torch.linalg.vector_norm(keys, dim=2, keepdim=True), prefix)
             return a @ b.transpose(1, 2), weight
         a, b = dealt(keys, prefix)
-        squares = torch.linalg.vector_norm(keys, dim=2).square()  # one pass, where squares and their sum take two
+        # one pass, where squares and their sum take two; in half precision too few digits would be left of differences
+        exact = torch.promote_types(keys.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(keys, dim=2, dtype=exact).square()
         apart = pairs(*dealt(squares, prefix)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
         return apart.div_(pairs(*dealt(-1 / weight[:, prefix:], prefix))), weight
 
