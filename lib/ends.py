@@ -1,15 +1,31 @@
-"""Where a notebook that removes parts ends: the smaller model, or one per state, measured, shown and saved."""
+"""Where a notebook that removes parts begins and ends: what decides; the smaller model, or one per state, measured."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
-from lib import evaluate, models, plots, tickets, train
+from lib import evaluate, models, plots, starts, tickets, train
 from lib.pruners import surgery
 from lib.runs import Run, resolve
 from lib.starts import Start
+from lib.training_free import FINETUNING
+
+
+def begin(run: Run, *fine_tuning: str) -> tuple[Start, list[tuple[Tensor, Tensor]]]:
+    """The dense model that the notebook names and the labelled batches that decide, on the device of evaluation.
+
+    fine_tuning: parameters that nothing else reads. ParameterError where such a one was given though nothing is tuned.
+    """
+    if not run.params["finetune_epochs"]:
+        alone = [name for name in FINETUNING if name != "batch_size"]  # which says how many images decide, too
+        run.refuse(*alone, "optimizer", *fine_tuning, because="finetune_epochs is 0")
+    start, where = starts.dense(run, name="model_path"), evaluate.device()
+    start.vit.to(where)
+    count, size, split = (run.params[name] for name in ("analysis_batches", "batch_size", "analysis_split"))
+    batches = evaluate.batches(start.images, count, size, split=split)
+    return start, [(images.to(where), labels.to(where)) for images, labels in batches]
 
 
 def pruned(run: Run, start: Start, plan: surgery.Plan, recipe: train.Recipe, latency_batch: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     By the answers of the first seeds on the same test images: difference in accuracy with its 95 % interval by the
     paired bootstrap, McNemar's exact p, and p_holm, which holds for all arms at once. random: of the arms whose method
     is random (sets, tokens, parts) and whose MACs differ at most by SAME_COST the one most alike: by parameters, which
-    tell parts from tokens, then tuned or not, by its name, then by MACs; None where there is none.
+    tell parts from tokens, then trained or not, then by MACs; None where there is none.
     """
     against = baseline_arm(table, baseline)
     firsts = table.drop_duplicates("arm").set_index("arm")
@@ -37,10 +37,10 @@ def significance(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     rows = []
     for arm, row in firsts.iterrows():
         found = {"arm": arm, **_paired(right[arm], right[against])}
-        tuned = blind.method.str.endswith("-tuned") != row.method.endswith("-tuned")
+        trained, apart = blind.trained != row.trained, (blind.macs_g - row.macs_g).abs() / row.macs_g
         parts = np.log2(blind.params_m / row.params_m).abs().round()  # half as many, or as many
-        near = pd.DataFrame({"parts": parts, "tuned": tuned, "apart": (blind.macs_g - row.macs_g).abs() / row.macs_g})
-        near = near[near.apart <= SAME_COST].sort_values(["parts", "tuned", "apart"])
+        near = pd.DataFrame({"parts": parts, "trained": trained, "apart": apart})
+        near = near[near.apart <= SAME_COST].sort_values(["parts", "trained", "apart"])
         found["random"] = near.index[0] if len(near) and not row.method.startswith("random") else None
         if found["random"]:
             found |= {f"{name}_random": value for name, value in _paired(right[arm], right[found["random"]]).items()}
@@ -109,6 +109,8 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
             continue
         if hasattr(model, "counts"):
             tokens = model.counts()[1]
+        elif not hasattr(model, "tokens"):  # UCB while it learns: what it masks is gone from one block alone
+            continue
         else:
             running = model.tokens(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device))
             tokens = running.double().mean(dim=1).round().clamp(min=1).int().tolist()  # of images that have left, 0

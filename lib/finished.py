@@ -15,7 +15,12 @@ from lib.runs import NOT_IDENTITY, portable, resolve, root, without_seed
 
 # Runs that differ in the seed alone are repetitions of one arm. A path says nothing of what lies there: the runs that a
 # run started from are compared by how they were made.
-NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", *NOT_IDENTITY)
+LOOKS = (  # at other things beside the model, which is the same without
+    *("effect_images", "thresholds", "ratios", "ceilings", "shares", "cache_mb"),
+    *("extract_attention", "attention_output", "img_idxs"),
+)
+NOT_MAKING = ("seed", "ckpt", "stage1_checkpoint_path", *LOOKS, *NOT_IDENTITY)
+EPOCHS = ("epochs", "num_train_epochs", "finetune_epochs")
 NEEDED = ("dataset", "n", "macs_g", "params_m")  # what metrics.json must say besides `method` and the metric
 GIVEN = "given"  # the method of models that were given by path: what made them is not known
 
@@ -31,11 +36,12 @@ class NoRuns(CompareError):
 def runs(pattern: Path, dataset: str = "", metric: str = "top1") -> tuple[pd.DataFrame, dict[str, str]]:
     """Finished runs whose folders match a glob, one row each, and why the others were left out, by run.
 
-    Columns: run (folder), arm, method, keep_ratio, seed, and every single number of metrics.json. An arm is one method
-    made in one way, with one row per seed, its own or that of what it started from. It is named by method and
-    keep_ratio, or `setting` for methods without a ratio; where those are made in several ways, by the run too.
-    dataset (a name, or a path that ends in it) "" is the most frequent one; runs on other images under its name are
-    left out, and those that do not say what is NEEDED or have no `metric`. NoRuns where none is left.
+    Columns: run (folder), arm, method, keep_ratio, seed, trained (with the method or after it), and every single number
+    of metrics.json. An arm is one method made in one way, with one row per seed, its own or that of what it started
+    from. It is named by method and keep_ratio, or `setting` for methods without a ratio; where those are made in
+    several ways, by the run too. dataset (a name, or a path that ends in it) "" is the most frequent one; runs on other
+    images under its name are left out, and those that do not say what is NEEDED or have no `metric`. NoRuns where none
+    is left.
     """
     rows, left_out, known = [], {}, {}
     base, relative = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
@@ -54,7 +60,8 @@ def runs(pattern: Path, dataset: str = "", metric: str = "top1") -> tuple[pd.Dat
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
         made, seeds = _making(run, params, facts, known)
         about = {"run": str(run), "made": made, "seeds": seeds, "digest": facts["dataset_digest"]}
-        rows.append({**about, "seed": params.get("seed", 0), "keep_ratio": np.nan, "setting": None, **numbers})
+        about |= {"seed": params.get("seed", 0), "trained": _trained(run, params, metrics["method"])}
+        rows.append({**about, "keep_ratio": np.nan, "setting": None, **numbers})
     if not rows:
         raise NoRuns(f"no finished run in {pattern} ({len(left_out)} unfinished): run a method's notebook first")
     table = pd.DataFrame(rows)
@@ -138,13 +145,16 @@ def _making(run: Path, params: dict, facts: dict, known: dict[Path, tuple[str, t
     usual = _defaults(root() / "notebooks" / f"{run.parent.name}.ipynb")
     made, seeds, above = {}, [params.get("seed", 0)], _leads(start)
     for name, value in [*params.items(), ("", start)]:
-        if name in NOT_MAKING or (name in usual and usual[name] == value):
+        bare = name == "ckpt" and not start  # weights that no run made are known by this alone
+        if (name in NOT_MAKING and not bare) or (name in usual and usual[name] == value):
             continue
         place = _leads(value)
         if name and place and place == above:
             continue
         near = (place, place.parent) if place else ()
         folder = next((each for each in near if (each / "params.json").is_file()), None)
+        if folder and not name and folder.resolve() == run.resolve():
+            continue  # it started from what it made itself
         if folder in (None, run):
             made[name] = value
         else:
@@ -155,6 +165,13 @@ def _making(run: Path, params: dict, facts: dict, known: dict[Path, tuple[str, t
             made[name] = [way, str(place.relative_to(folder))]
             seeds += others
     return json.dumps([run.parent.name, made], sort_keys=True), tuple(seeds)
+
+
+def _trained(run: Path, params: dict, method: str) -> bool:
+    """Whether a run trained what it measured. A CLIP is trained before anchors leave anything out."""
+    settings = _defaults(root() / "notebooks" / f"{run.parent.name}.ipynb") | params
+    epochs = any(isinstance(settings.get(name), int | float) and settings[name] > 0 for name in EPOCHS)
+    return method.endswith("-tuned") or (epochs and run.parent.name != "clip_zeroshot")
 
 
 def _began(run: Path, start: str) -> str:

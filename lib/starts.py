@@ -92,7 +92,7 @@ def published(run: runs.Run, weights: str) -> Start:
     models.match(vit, evaluate.image_shape(images))
     if weights == "pretrained" and params["normalise"] == run.defaults["normalise"]:
         images = replace(images, **{name: tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")})
-    about |= {"classes": images.classes, "mean": images.mean, "std": images.std}
+    about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
     return Start("", vit.eval(), images, about)
 
 

@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -61,6 +62,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if late := [epoch for epoch in self.milestones if epoch >= self.epochs]:
             raise ValueError(f"milestones hold {late[0]}: expected epochs before the last of {self.epochs}")
+        if self.epochs and self.warmup_epochs >= self.epochs:  # the rate would never reach its peak
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}: expected less than all of {self.epochs} epochs")
 
     @classmethod
     def of(cls, params: dict[str, Any], **others: Any) -> "Recipe":
@@ -179,7 +182,10 @@ class _Fitting:
         self.on_gradient, self.on_step, self.watch = hooks
         # bf16 is autocast in `step`: accelerate's own would stay patched into the model's forward after training.
         # On the device of evaluation: Apple's mps, which accelerate would take by itself, has no float64.
-        self.accelerator = Accelerator(mixed_precision="no", cpu=evaluate.device().type == "cpu")
+        # The others wait while one validates: an hour at most, where ten minutes are the default.
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+        where = evaluate.device().type
+        self.accelerator = Accelerator(mixed_precision="no", cpu=where == "cpu", kwargs_handlers=[patient])
         world = self.accelerator.num_processes
         self.size = min(recipe.batch_size, len(data.train.labels))
         if self.size % world:
@@ -292,7 +298,7 @@ class _Fitting:
     def _validated(self, judged: nn.Module, began: float) -> dict[str, Any]:
         """The row of the epoch that ends."""
         shown = evaluate.predict(
-            judged, self.data.val, mean=self.data.mean, std=self.data.std, batch_size=4 * self.recipe.batch_size
+            judged, self.data.val, mean=self.data.mean, std=self.data.std, batch_size=min(256, 4 * len(self.places))
         )
         scores = evaluate.classification(shown.logits, shown.labels)
         row = {"epoch": self.epoch + 1, "learning_rate": self.optimizer.param_groups[0]["lr"]}

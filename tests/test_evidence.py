@@ -18,6 +18,7 @@ from lib.pruners.avit import AViT
 from lib.pruners.baselines import EViT, RandomDrop, ToMe, TopK
 from lib.pruners.dropping import FirstTokens
 from lib.pruners.tokens import FixedPatches, TokenPruner
+from lib.pruners.ucb import UCB
 
 
 def four_blocks(**overrides) -> torch.nn.Module:
@@ -77,6 +78,25 @@ def test_of_random_arms_at_one_cost_the_one_tuned_alike_is_what_an_arm_has_to_be
     assert found["topk 0.5"] == found["dense 0.5"] == "random tokens 0.5"
     assert found["topk-tuned 0.5"] == "random tokens-tuned 0.5"
     assert found[["random tokens 0.5", "random tokens-tuned 0.5"]].isna().all()
+
+
+def test_what_is_trained_has_to_beat_trained_random_choices(tmp_path):
+    """By what runs did, whatever their method is called: most that train are not named tuned."""
+    tuned, left = {"params": {"finetune_epochs": 2}}, {"params": {"finetune_epochs": 0}}
+    make_run(tmp_path, "dense/one", "dense", ratio=1.0)
+    make_run(tmp_path, "ucb_stage2/ucb", "ucb", ratio=0.5)
+    make_run(tmp_path, "ucb_stage2/random", "random", ratio=0.51)
+    make_run(tmp_path, "token_baselines/blind", "random tokens", ratio=0.49, **left)
+    make_run(tmp_path, "token_baselines/tome", "tome", ratio=0.505, **left)
+    make_run(tmp_path, "avit/avit", "avit-finetuned", ratio=0.495)
+    make_run(tmp_path, "acdc/cut", "acdc", ratio=0.5, **tuned)
+    make_run(tmp_path, "acdc/cut-alone", "acdc cut", ratio=0.5, **left)
+    make_run(tmp_path, "clip_zeroshot/anchors", "anchors", ratio=0.5)
+    table, _ = finished.runs(tmp_path / "*/*")
+    found = evidence.significance(table, "dense").set_index("arm").random
+    trained, as_is = "random 0.51", "random tokens 0.49"
+    assert {found["ucb 0.5"], found["avit-finetuned 0.495"], found["acdc 0.5"]} == {trained}
+    assert {found["tome 0.505"], found["acdc cut 0.5"], found["anchors 0.5"]} == {as_is}
 
 
 def test_random_parts_are_for_what_has_as_few_parts(tmp_path):
@@ -288,6 +308,7 @@ def test_counts_of_a_ceiling_never_rise(tiny_images, monkeypatch):
 def test_what_chooses_nothing_is_its_own_ceiling(tiny_images):
     shown = {
         "dense": four_blocks(),
+        "ucb while it learns": UCB(four_blocks(), 0.5),
         "frozen": FixedPatches(four_blocks(), [0, 5, 6]),
         "resnet": models.create("resnet20", 3),
     }

@@ -75,6 +75,29 @@ def test_a_parameter_that_names_the_start_says_nothing_of_how_a_run_was_made(tmp
     assert arms(tmp_path)[0] == {"dense 1": [0, 1], "dense-tuned 1": [0, 1]}
 
 
+def test_weights_that_no_run_made_are_told_apart_by_their_name(tmp_path):
+    for ckpt in ("scratch", "pretrained"):
+        stage1 = run(tmp_path, f"ucb_stage1/{ckpt}", method=None, params={"ckpt": ckpt})
+        more = {"params": {"stage1_checkpoint_path": str(stage1)}, "start": stage1}
+        run(tmp_path, f"ucb_stage2/{ckpt}", **more)
+    found, left_out = arms(tmp_path)
+    assert found == {"ucb 0.5 (pretrained)": [0], "ucb 0.5 (scratch)": [0]} and not left_out
+
+
+def test_what_a_run_started_from_and_made_itself_says_nothing_of_how_it_was_made(tmp_path):
+    """A CLIP that clip_zeroshot.ipynb trains lies in its own folder."""
+    for seed in (0, 1):
+        folder = tmp_path / f"clip_zeroshot/s{seed}"
+        run(tmp_path, f"clip_zeroshot/s{seed}", "anchors", seed=seed, start=folder / "clip", ratio=0.5)
+    assert arms(tmp_path)[0] == {"anchors 0.5": [0, 1]}
+
+
+def test_looking_at_less_makes_no_other_arm(tmp_path):
+    run(tmp_path, "acdc/one", "acdc", seed=0)
+    run(tmp_path, "acdc/two", "acdc", seed=1, params={"effect_images": 0, "thresholds": []})
+    assert arms(tmp_path)[0] == {"acdc 0.5": [0, 1]}
+
+
 @pytest.mark.parametrize("given", ["absolute", "relative", "with a slash", "by a link"])
 def test_a_start_is_known_however_its_path_is_given(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)

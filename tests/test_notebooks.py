@@ -315,7 +315,13 @@ def test_acdc_screened_and_not_tuned(folder, dense):
         "screen_margin": 1.0,
         "finetune_epochs": 0,
     }
-    values |= {"thresholds": [], "effect_images": 0, "parts": ["head", "neuron"], "run_name": "screened", **TINY}
+    values |= {
+        "thresholds": [],
+        "effect_images": 0,
+        "parts": ["head", "neuron"],
+        "run_name": "screened",
+        "batch_size": 16,
+    }
     run, result = papermill("acdc", folder, ROOT / "notebooks", **values)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((run / "metrics.json").read_text())
@@ -530,7 +536,7 @@ def test_eap(folder, dense, acdc):
     costs = {row["keep_ratio"]: row["macs_g"] for row in metrics["ratios"]}
     assert all(row["macs_g"] == pytest.approx(costs[row["keep_ratio"]]) for row in metrics["ratios"]), "equal cost"
 
-    cheap = {"effect_images": 0, "ratios": [], "finetune_epochs": 0, **TINY}
+    cheap = {"effect_images": 0, "ratios": [], "finetune_epochs": 0, "batch_size": 16}
     for name, more in {
         "like": {"objective": "magnitude", "like": str(acdc)},
         "task": {"use_task_loss": True, "parts": ["block", "attn", "mlp"]},
@@ -651,6 +657,9 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("token_baselines", {"method": "top"}, "did you mean topk?"),
      ("clip_zeroshot", {"model": "ViT-B-23"}, "did you mean ViT-B-32?"),
      ("clip_zeroshot", {"model": "ViT-B-32", "pretrained": "openay"}, "'openay' is not a known tag"),
+     ("acdc", {"finetune_epochs": 0, "seed": 1}, "seed is 1, but finetune_epochs is 0: leave it out"),
+     ("acdc", {"finetune_epochs": 0, "optimizer": "sgd"}, "optimizer is 'sgd', but finetune_epochs is 0"),
+     ("eap", {"finetune_epochs": 0, "learning_rate": 1e-3}, "learning_rate is 0.001, but finetune_epochs is 0"),
      ("clip_zeroshot", {"attention_output": "maps.h5"}, "'maps.h5', but extract_attention is off: leave it out"),
      ("clip_zeroshot", {"templates": ["a photo"]}, "expected texts with one {} for the class"),
      ("explore", {"strength": 7.0}, "strength is 7: expected for topk the share of the running patches that stay"),

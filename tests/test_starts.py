@@ -306,3 +306,13 @@ def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_
             begin()
         assert "\n" not in str(caught.value)
     assert initial("", "five").path == "", "from scratch they are any images"
+
+
+def test_a_model_of_bare_weights_knows_its_images_too(dense, tmp_path):
+    folder, weights = pictures(tmp_path / "own", ["cat", "dog"]), tmp_path / "bare.safetensors"
+    save_file(models.create("vit_digits", 2, 48).state_dict(), weights)
+    start = dense(weights, dataset=str(folder), img_size=48)
+    assert start.about["digest"] == start.images.digest
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "own" / "cat" / "more.png")
+    with pytest.raises(DataError, match="other images than when this model was trained"):
+        starts.load(start.about)

@@ -76,6 +76,12 @@ def test_a_recipe_refuses_unknown_choices(changes):
         replace(RECIPE, **changes)
 
 
+def test_a_recipe_refuses_a_warm_up_that_never_ends():
+    with pytest.raises(ValueError, match="warmup_epochs is 3: expected less than all of 3 epochs"):
+        replace(RECIPE, warmup_epochs=3)
+    assert replace(RECIPE, epochs=0, warmup_epochs=3).epochs == 0, "of nothing it is no part"
+
+
 @pytest.mark.parametrize("milestones", [(3,), (1, 80)])
 def test_a_recipe_refuses_milestones_that_never_come(milestones):
     with pytest.raises(ValueError, match=f"milestones hold {milestones[-1]}: expected epochs before the last of 3"):
