@@ -48,7 +48,11 @@ def dense(run: runs.Run, *of_trained: str, name: str = "ckpt") -> Start:
 
 def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
     """A model that starts from `weights` (a file, a run, "pretrained", "": random), the rest as the parameters say; its
-    path is that of a run alone."""
+    path is that of a run alone.
+
+    Images are normalised as `normalise` says; at its default weights of timm's hub, and of a run on the same images,
+    get the statistics they came with.
+    """
     params = {making: run.params[making] for making in MAKING if making in run.params}
     weights = runs.resolve(weights)
     size = params["img_size"] or None
@@ -58,13 +62,16 @@ def initial(run: runs.Run, weights: str, **timm_kwargs: Any) -> Start:
         raise data.DataError(f"dataset {images.name} has one class, {images.classes[0]!r}: expected two or more")
     vit = models.create(params["arch"], len(images.classes), size, weights, **timm_kwargs)
     models.match(vit, evaluate.image_shape(images))
-    about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
-    if not weights or models.is_bare(weights):
-        return Start("", vit, images, about)
-    before = models.header(weights)["metadata"]
+    ours = weights and not models.is_bare(weights)
+    before = models.header(weights)["metadata"] if ours else {}
     if {name: runs.portable(value) for name, value in before.get("data", {}).items()} == about["data"]:
         unchanged(before, images)
-    return Start(weights if Path(weights).is_dir() else "", vit, images, about)
+    else:
+        before = vit.pretrained_cfg if weights == "pretrained" else {}
+    if "mean" in before and params["normalise"] == run.defaults["normalise"]:
+        images = as_fed(images, before, params["normalise"])
+    about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
+    return Start(weights if ours and Path(weights).is_dir() else "", vit, images, about)
 
 
 def published(run: runs.Run, weights: str) -> Start:
@@ -91,7 +98,7 @@ def published(run: runs.Run, weights: str) -> Start:
         print(f"{images.name} has 1,000 classes without WordNet ids: taken to be in ImageNet-1k's order")
     models.match(vit, evaluate.image_shape(images))
     if weights == "pretrained" and params["normalise"] == run.defaults["normalise"]:
-        images = replace(images, **{name: tuple(vit.pretrained_cfg[name]) for name in ("mean", "std")})
+        images = as_fed(images, vit.pretrained_cfg, params["normalise"])
     about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
     return Start("", vit.eval(), images, about)
 

@@ -1,5 +1,7 @@
 """Where notebooks start from published weights: heads as they are, cut to the dataset's classes, or refused."""
 
+from functools import partial
+
 import h5py
 import numpy as np
 import pytest
@@ -280,19 +282,10 @@ def test_both_heads_of_a_distilled_model_are_cut(hub):
         torch.testing.assert_close(models.of_classes(vit, [4, 0])(x), expected)
 
 
-def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_path):
+def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, initial, tmp_path):
     """Split anew, some that it has learnt from would be test images."""
     folder = pictures(tmp_path / "own", ["cat", "dog"])
-    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
-
-    def initial(weights, name):
-        values = {"dataset": folder, "output_dir": "out", "run_name": name}
-        run = runs.Run("dense", declaration, params.check(declaration, values))
-        try:
-            return starts.initial(run, str(weights))
-        finally:
-            run.close()
-
+    initial = partial(initial, dataset=str(folder))
     start = initial("", "one")
     file = models.save(start.vit, tmp_path / "run" / "model", **start.about)
     assert initial(tmp_path / "run", "two").path == str(tmp_path / "run")
@@ -306,6 +299,39 @@ def test_a_model_does_not_meet_other_images_than_it_was_trained_with(dense, tmp_
             begin()
         assert "\n" not in str(caught.value)
     assert initial("", "five").path == "", "from scratch they are any images"
+
+
+@pytest.fixture
+def initial(tmp_path):
+    """starts.initial with the parameters of dense.ipynb."""
+    declaration = params.declared_in(NOTEBOOK.with_name("dense.ipynb"))
+
+    def begin(weights, name, **values):
+        values |= {"output_dir": str(tmp_path / "out"), "run_name": name}
+        run = runs.Run("dense", declaration, params.check(declaration, values))
+        try:
+            return starts.initial(run, str(weights))
+        finally:
+            run.close()
+
+    return begin
+
+
+def test_weights_that_train_on_are_fed_as_they_were_trained(initial, hub, tmp_path):
+    """At the default; what is asked for otherwise holds, and other images get their own statistics."""
+    start = initial("pretrained", "hub", arch="vit_base_patch16_clip_224", img_size=48)
+    assert start.images.mean == start.about["mean"] == start.vit.pretrained_cfg["mean"] != (0.5, 0.5, 0.5)
+    asked = initial("pretrained", "asked", arch="vit_base_patch16_clip_224", img_size=48, normalise="half")
+    assert asked.images.mean == (0.5, 0.5, 0.5)
+
+    cats, birds = (str(pictures(tmp_path / name, [name, "dog"])) for name in ("cat", "bird"))
+    first = initial("", "first", dataset=cats, normalise="half")
+    models.save(first.vit, tmp_path / "run" / "model", **first.about)
+    again = initial(tmp_path / "run", "again", dataset=cats)
+    assert [*again.images.mean, *again.images.std] == [0.5] * 6 and again.about["mean"] == again.images.mean
+    assert initial(tmp_path / "run", "imagenet", dataset=cats, normalise="imagenet").images.mean[0] == 0.485
+    other = initial(tmp_path / "run", "other", dataset=birds).images
+    assert other.mean == initial("", "alone", dataset=birds).images.mean != again.images.mean
 
 
 def test_a_model_of_bare_weights_knows_its_images_too(dense, tmp_path):
