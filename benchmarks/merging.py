@@ -125,7 +125,8 @@ def main() -> None:
         vit, images = models.load(asked.model), starts.load(about)
     else:
         params = {"arch": asked.arch, "dataset": asked.images, "img_size": 224, "normalise": asked.normalise}
-        _, vit, images, _ = starts.published(SimpleNamespace(params=params), asked.weights)
+        run = SimpleNamespace(params=params, defaults={"normalise": "data"})
+        _, vit, images, _ = starts.published(run, asked.weights)
     x, labels = evaluate.batch(images, len(images.test)), torch.as_tensor(np.asarray(images.test.labels))
     if len(images.val):
         look_at = evaluate.batches(images, 1, asked.calibrate, split="val")[0][0]  # a few from every class in all parts

@@ -64,6 +64,8 @@ def check(run: runs.Run, start: Start | None = None) -> None:
         run.refuse("attention_output", "img_idxs", because="extract_attention is off")
     elif Path(name := run.params["attention_output"]).suffix not in SUFFIXES or Path(name).name != name:
         raise ParameterError(f"attention_output is {name!r}: expected a file's name that ends in {', '.join(SUFFIXES)}")
+    elif name == "model.safetensors":
+        raise ParameterError(f"attention_output is {name!r}, the run's model: expected another name")
     elif start and (beyond := [index for index in run.params["img_idxs"] if index >= len(start.images.test)]):
         found = f"img_idxs hold {beyond[0]}"
         raise ParameterError(f"{found}: expected indices below {len(start.images.test)}, the test images")

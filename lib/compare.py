@@ -100,7 +100,8 @@ def baseline_arm(table: pd.DataFrame, baseline: str) -> str:
     if runs.empty and (table.method == GIVEN).all():
         runs = table
     if runs.empty:
-        raise CompareError(f"no run of baseline {baseline!r} here: expected one of {', '.join(table.method.unique())}")
+        known = ", ".join([*table.method.unique(), *table.arm.unique()])
+        raise CompareError(f"no run of baseline {baseline!r} here: expected one of {known}")
     return str(runs.arm.iloc[0])
 
 

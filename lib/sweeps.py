@@ -29,11 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lib import gpus, params, runs
 
 KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
 STATES = ("last", "parts")  # where a run keeps what it goes on from
 TOP = {"name": str, "stages": list, "output_dir": str, "threads": int, "resources": dict}
+RESOURCES = {"gpu": int, "mem_mb": int, "runtime": int}  # that the Snakefile asks for
 
 
 class SweepError(ValueError):
@@ -62,6 +65,7 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
     ParameterError with all faults of a stage, before anything starts.
     """
     _known(config, TOP, "this sweep")
+    _known(config.get("resources") or {}, RESOURCES, "the resources of this sweep")
     for needed in ("name", "stages"):
         if not config.get(needed):
             raise SweepError(f"this sweep has no {needed}: expected one (see sweeps/quick.yaml)")
@@ -70,10 +74,14 @@ def expand(config: dict[str, Any], notebooks: Path = Path("notebooks")) -> dict[
         if not isinstance(stage, dict):
             raise SweepError(f"{stage!r} among the stages: expected one with a notebook, as in notebook: dense")
         _known(stage, KEYS, f"stage {stage.get('notebook', '')!r}")
+        _known(stage.get("resources") or {}, RESOURCES, f"the resources of stage {stage.get('notebook', '')!r}")
         notebook, label = stage.get("notebook"), stage.get("name") or config["name"]
         if not (notebooks / f"{notebook}.ipynb").is_file():
             known = ", ".join(sorted(each.stem for each in notebooks.glob("*.ipynb")))
             raise SweepError(f"no notebook {notebook!r}: expected one of {known}")
+        if set_here := {"run_name", "output_dir"} & {*(stage.get("parameters") or {})}:
+            expected = "a name of the stage and an output_dir of the sweep"
+            raise SweepError(f"parameters of stage {notebook!r} set {', '.join(sorted(set_here))}: expected {expected}")
         declared, earlier = params.declared_in(notebooks / f"{notebook}.ipynb"), dict(found)
         for varied in _combinations(stage.get("parameters") or {}, declared):
             values = {**(stage.get("parameters") or {}), **varied}
@@ -192,17 +200,17 @@ def run(
 
     A run that was finished once is here because its notebook, lib/ or parameters changed: it starts anew. One that was
     stopped goes on from its last state, unless what it starts from (upstream: files) was made again since, or it had
-    other parameters. Threads of torch are `threads`; a run that wants GPUs waits for as many.
+    other parameters. One that another process is writing stays as it is: exit code 1. Threads of torch are `threads`; a
+    run that wants GPUs waits for as many.
     """
     began, name = time.monotonic(), f"{notebook}/{folder.name}"
-    states = [file.stat().st_mtime for old in STATES for file in (folder / old).rglob("*") if file.is_file()]
-    outdated = max((Path(file).stat().st_mtime for file in upstream), default=0.0) > max(states, default=math.inf)
-    outdated |= _other_parameters(notebook, folder, values)
-    if outdated or (folder / "provenance.json").exists():
-        for old in STATES:
-            shutil.rmtree(folder / old, ignore_errors=True)
-        (folder / "provenance.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock").acquire(timeout=0):  # that of lib.runs, which the notebook takes again
+            _cleared(notebook, folder, values, upstream)
+    except Timeout:
+        print(f"{time.strftime('%T')} FAILED {name}: another process is writing it, wait for it or end it", flush=True)
+        return 1
     command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(folder / "notebook.ipynb")]
     command += ["-k", "python3", "--no-progress-bar", "-y", json.dumps(values)]
     with gpus.leased(number_of_gpus) as devices, open(folder / "log.txt", "w") as log:
@@ -215,6 +223,17 @@ def run(
         return failed or 1
     print(f"{time.strftime('%T')} done  {name} ({time.monotonic() - began:.0f} s)", flush=True)
     return 0
+
+
+def _cleared(notebook: str, folder: Path, values: dict[str, Any], upstream: Sequence[Path]) -> None:
+    """Remove from a run's folder the states that it must not go on from."""
+    states = [file.stat().st_mtime for old in STATES for file in (folder / old).rglob("*") if file.is_file()]
+    outdated = max((Path(file).stat().st_mtime for file in upstream), default=0.0) > max(states, default=math.inf)
+    outdated |= _other_parameters(notebook, folder, values)
+    if outdated or (folder / "provenance.json").exists():
+        for old in STATES:
+            shutil.rmtree(folder / old, ignore_errors=True)
+        (folder / "provenance.json").unlink(missing_ok=True)
 
 
 def _other_parameters(notebook: str, folder: Path, values: dict[str, Any]) -> bool:

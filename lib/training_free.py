@@ -40,8 +40,8 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     fixed["start_block"] = headed[0] if headed else rules["start_block"]  # a block may have lost its heads
     if method in baselines.DROPPING:
         seed = {"seed": rules["seed"]} if method == "random" else {}
-        make = lambda strength: baselines.DROPPING[method](vit, 1 - strength, blocks, **seed)  # noqa: E731
-        return reaching(make, macs_g, 1 - 1e-3) if macs_g else make(1 - rules["keep_ratio"])
+        make = lambda keep: baselines.DROPPING[method](vit, keep, blocks, **seed)  # noqa: E731
+        return reaching(lambda strength: make(1 - strength), macs_g, 1 - 1e-3) if macs_g else make(rules["keep_ratio"])
     if method in MERGING:
         gamma = {"gamma": rules.get("gamma", 0.5)} if method == "ward" else {}
         every = rules.get("merge_every", 1)

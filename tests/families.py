@@ -38,9 +38,11 @@ def make(name: str, **overrides) -> nn.Module:
 
 
 def by_onnx(model: nn.Module, x: torch.Tensor, folder: Path) -> torch.Tensor:
-    """What onnxruntime makes of images x with the exported model."""
+    """What onnxruntime makes of images x with the model, exported for any number of images by another number of them."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    torch.onnx.export(model, (x,), folder / "model.onnx", dynamo=True, verbose=False)
+    shapes = ({0: torch.export.Dim("batch")},)
+    export = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
+    torch.onnx.export(model, (torch.cat([x, x]),), folder / "model.onnx", **export)
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_notebook
+from filelock import FileLock
 from reduced import reduced
+from test_finished import run as make_run
 
-from lib import params, sweeps
+from lib import compare, finished, params, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = [path for path in sorted((ROOT / "sweeps").glob("*.yaml")) if "stages" in yaml.safe_load(path.read_text())]
 PARAMETER_FILES = sorted({*(ROOT / "sweeps").glob("*.yaml")} - {*SWEEPS})
+
+
+COMPARED = [path for path in SWEEPS if "notebook: compare" in path.read_text()]
 
 
 def dry_run(sweep: Path) -> subprocess.CompletedProcess:
@@ -48,6 +53,27 @@ def test_sweep_expands(sweep):
             count *= len(values)
         runs += count
     assert f": {runs} runs below" in result.stderr
+
+
+@pytest.mark.parametrize("sweep", COMPARED, ids=lambda path: path.stem)
+def test_the_baseline_of_a_comparison_is_among_its_runs(sweep, tmp_path):
+    """On run folders as the sweep would leave them; an arm's name says how its runs were made."""
+    config = yaml.safe_load(sweep.read_text())
+    whole = config | {"output_dir": str(tmp_path)}
+    planned = sweeps.expand(whole, ROOT / "notebooks")
+    for name, one in planned.items():
+        notebook, params = name.split("/")[0], one.parameters
+        if notebook == "dense":
+            method = ("low-resolution" if params.get("shrink_to") else "dense") + ("-tuned" if one.upstream else "")
+        elif params.get("frozen_keep_ratio") == 1:
+            method = "dense-tuned"
+        else:
+            continue  # pruned
+        make_run(tmp_path, name, method, params=params, ratio=1.0, seed=params.get("seed", 0))
+    (asked,) = [one.parameters for name, one in planned.items() if name.startswith("compare/")]
+    pattern = tmp_path / Path(asked["runs"]).relative_to(config.get("output_dir", "outputs"))
+    table, _ = finished.runs(pattern)
+    assert compare.baseline_arm(table, asked["baseline"]).startswith("dense")
 
 
 @pytest.mark.parametrize("file", PARAMETER_FILES, ids=lambda path: path.stem)
@@ -134,6 +160,10 @@ def test_a_need_that_several_runs_fit_is_refused(tmp_path):
      ({"threads": "two"}, {}, "threads of this sweep is 'two': expected int"),
      ({}, {"threads": "two"}, "threads of stage 'dense' is 'two': expected int"),
      ({"name": None}, {}, "this sweep has no name: expected one"),
+     ({"resources": {"mem": 1}}, {}, "the resources of this sweep has 'mem': expected gpu, mem_mb, runtime"),
+     ({}, {"resources": {"gpus": 1}}, "the resources of stage 'dense' has 'gpus': expected gpu, mem_mb, runtime"),
+     ({}, {"parameters": {"run_name": "r", "seed": 1}}, "parameters of stage 'dense' set run_name: expected a name of"),
+     ({}, {"parameters": {"output_dir": "outputs"}}, "parameters of stage 'dense' set output_dir: expected a name of"),
      ({}, {"parameters": [1]}, "parameters of stage 'dense' is [1]: expected dict"),
      ({}, {"notebook": "dence"}, "no notebook 'dence': expected one of acdc, avit, avit_visual, clip_zeroshot, comp")],
 )  # fmt: skip
@@ -339,6 +369,20 @@ def test_a_stopped_run_goes_on_unless_what_it_starts_from_was_made_again(project
 
 
 # ---- the same results ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_process_writes_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "dense" / "live"
+    (folder / "last").mkdir(parents=True)
+    for name, text in (("params.json", json.dumps({"epochs": 3})), ("log.txt", "so far"), ("last/best.pt", "state")):
+        (folder / name).write_text(text)
+    with FileLock(folder / "lock"):
+        before = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+        assert sweeps.run("dense", folder, {"epochs": 5}, threads=1) == 1
+        assert {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    said = capsys.readouterr().out
+    assert "FAILED dense/live: another process is writing it" in said and said.count("\n") == 1
 
 
 def test_two_sweeps_are_the_same_but_for_timings(tmp_path):

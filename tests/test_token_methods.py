@@ -113,7 +113,10 @@ def test_saves_and_loads(method, arguments, tmp_path):
 def test_exports_and_compiles(family, method, arguments):
     pruner = method(make(family), **arguments).float().eval()
     x = images(pruner.vit, 2).float()
-    torch.testing.assert_close(torch.export.export(pruner, (x,)).module()(x), pruner(x))
+    exported = torch.export.export(pruner, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    more = images(pruner.vit, 5).float()
+    torch.testing.assert_close(exported(x), pruner(x))
+    torch.testing.assert_close(exported(more), pruner(more))
     torch.testing.assert_close(torch.compile(pruner, backend="eager", fullgraph=True)(x), pruner(x))
 
 

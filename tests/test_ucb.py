@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing as mp
-from families import FAMILIES, images, make
+from families import FAMILIES, by_onnx, images, make
 
 from lib import blocks
 from lib.pruners.tokens import FixedPatches, gather, with_prefix
@@ -207,10 +207,13 @@ def test_batch_equals_single(mode):
     torch.testing.assert_close(ucb(x), torch.cat([ucb(each) for each in x.split(1)]), **CLOSE)
 
 
-def test_gather_exports():
-    ucb = UCB(make("vit").float(), 0.5, mode="gather").eval()
-    x = images(ucb.vit, 2).float()
-    torch.testing.assert_close(torch.export.export(ucb, (x,)).module()(x), ucb(x))
+@pytest.mark.parametrize("mode", ["mask", "gather"])
+def test_exports(mode, tmp_path):
+    ucb = UCB(make("vit").float(), 0.5, mode=mode).eval()
+    x, more = images(ucb.vit, 2).float(), images(ucb.vit, 5).float()
+    exported = torch.export.export(ucb, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(exported(more), ucb(more))
+    torch.testing.assert_close(by_onnx(ucb, x, tmp_path), ucb(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,19 @@ def test_an_attended_token_resists_by_hand():
     assert likeness(keys, [1.0] * 4, gamma=2.0, looks_at=(0.0, 1.0))[1] == pytest.approx([high**2] * 2 + [low**2] * 2)
 
 
-def test_close_keys_are_told_apart_in_half_precision():
-    """|(16, 1)|² + |(16, 2)|² − 2 · 258 is 1, of which nothing is left where either norm is rounded to 8 bits."""
-    k = torch.tensor([[[[16.0, 1.0], [16.0, 2.0]]]], dtype=torch.bfloat16)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [((16, 1), (16, 2), -0.5), ((16, 1), (16, 3), -2.0), ((16, 1), (16, 1), 0.0), ((17, 1), (17, 2), -0.5),
+     ((17, 3), (17, 4), -0.5)],
+)  # fmt: skip
+def test_close_keys_are_told_apart_in_half_precision(first, second, expected, autocast):
+    """Their squares and products are some 300, of which bfloat16 tells only even numbers."""
+    k = torch.tensor([[[first, second]]], dtype=torch.bfloat16)
     pruner = Ward(make("no class token"), gamma=0.0)
-    assert pruner._likeness(SimpleNamespace(scale=1.0), k, k, torch.ones(1, 2, dtype=k.dtype))[0].item() == -0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, _ = pruner._likeness(SimpleNamespace(scale=1.0), k, k, torch.ones(1, 2, dtype=k.dtype))
+    assert found.item() == expected
 
 
 def test_attention_counts_per_patch_by_hand():

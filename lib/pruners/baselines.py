@@ -61,7 +61,7 @@ class RandomDrop(Dropping):
         return super().arguments | {"seed": self.seed}
 
     def select(self, index: int, scores: Tensor, ids: Tensor, count: int) -> Tensor:
-        image = torch.arange(len(ids), device=ids.device) % len(self.priority)
+        image = torch.arange(ids.shape[0], device=ids.device) % len(self.priority)
         return self.priority[image].gather(1, ids).topk(count, dim=1).indices  # no two are equal
 
 
@@ -116,7 +116,7 @@ class ToMe(TokenPruner):
             raise ValueError(
                 f"r is {r}: expected a number of tokens from 0, or one for each of {len(self.vit.blocks)} blocks"
             )
-        self.r, self.rs = r, rs
+        self.r, self.rs = r, [int(each) for each in rs]
 
     @classmethod
     def of_total(cls, vit: nn.Module, total: float, every: int = 1, **others: object) -> "ToMe":
@@ -255,7 +255,7 @@ def merging(blocks: Sequence[nn.Module], every: int) -> list[int]:
     """Indices of the blocks that can merge, those with heads: the first, and each `every`-th of them from there on."""
     if every < 1 or every != int(every):
         raise ValueError(f"every is {every}: expected a whole number of blocks from 1")
-    return [index for index, block in enumerate(blocks) if block.attn.num_heads][::every]
+    return [index for index, block in enumerate(blocks) if block.attn.num_heads][:: int(every)]
 
 
 def head_sum(k: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Dropping(TokenPruner):
         if self.fuses:
             rest = scores.scatter(1, chosen, 0.0)  # (B, n): 0 where a patch stays
             kept = torch.cat([kept, rest[:, None] @ x[:, self.prefix :]], dim=1)
-            ids = torch.cat([ids, ids.new_full((len(ids), 1), -1)], dim=1)
+            ids = torch.cat([ids, ids.new_full((ids.shape[0], 1), -1)], dim=1)
         return blocks.add_mlp(block, kept), ids
 
 

@@ -1,7 +1,8 @@
 """How many tokens to merge in which block, for a budget: a schedule, chosen by what it does to the model's answers.
 
-Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks; for a budget of
-time also those that merge in every second block only, since matching takes time, though hardly any multiply-adds.
+Candidates are bells over the depth (centre, width), without their tails, and even merging, each as strong as the budget
+asks; for a budget of time also those that merge in every second block only, since matching takes time, though hardly
+any multiply-adds.
 Unlabelled images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few
 images, the better half on as many more, until all images were seen and one is left. A bell has two numbers, which a few
 images can tell; a number for every block would fit the images.
@@ -68,8 +69,11 @@ def read(path: str | Path) -> Schedule:
 
 
 def bell(depth: int, centre: float, width: float) -> list[float]:
-    """exp(−(l − centre)² / 2 width²) with l the middle of each block; all in shares of the depth."""
-    return [math.exp(-((((block + 0.5) / depth - centre) / width) ** 2) / 2) for block in range(depth)]
+    """exp(−(l − centre)² / 2 width²) with l the middle of each block, all in shares of the depth; 0 where l is further
+    than `width` from the centre, if any is not: there a matching would be made for a token or two."""
+    apart = [abs((block + 0.5) / depth - centre) for block in range(depth)]
+    reach = max(width, min(apart)) + 1e-9  # of two blocks as far from the centre both are in
+    return [math.exp(-((each / width) ** 2) / 2) if each <= reach else 0.0 for each in apart]
 
 
 def spaced(shape: Sequence[float], places: Collection[int]) -> list[float]:

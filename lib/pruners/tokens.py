@@ -56,7 +56,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 def with_prefix(kept: Tensor, prefix: int) -> Tensor:
     """Token indices (B, prefix + K) of the patches `kept` (B, K) together with all prefix tokens."""
-    head = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+    head = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)  # len would fix an export's batch size
     return torch.cat([head, kept + prefix], dim=1)
 
 
@@ -143,7 +143,7 @@ class TokenPruner(nn.Module):
     def run(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits (B, classes), and per block the ids it kept (B, k) with whatever else `block` returned."""
         x = self.embed(images)
-        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(len(x), -1)
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
         record = []
         for index, extra in enumerate(self.extra()):
             x, ids, *more = self.checkpointed(self.block, index, x, ids, *extra)

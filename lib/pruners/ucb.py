@@ -34,6 +34,7 @@ from lib.pruners.tokens import (
     check_embeds_alone,
     check_fixed_places,
     gather,
+    highest,
     kept_count,
     with_prefix,
 )
@@ -125,7 +126,7 @@ class UCB(TokenPruner):
             A = blocks.probabilities(attn, query, key)  # (B, H, N, N)
             s = A.mean(dim=2)[..., prefix:] * patches  # (B, H, P)
             u = bonus[: attn.num_heads, prefix:][:, ids].transpose(0, 1)  # (B, H, P), of the patches still here
-            order = ucb_scores(s, u).argsort(dim=1, descending=True, stable=True)  # (B, P)
+            order = highest(ucb_scores(s, u), patches)  # (B, P)
         chosen = order[:, :k].sort(dim=1).values  # (B, k), in grid order
         kept, counted = ids.gather(1, chosen), ids.gather(1, order[:, : self._counted(patches)])
         tokens = with_prefix(chosen, prefix)

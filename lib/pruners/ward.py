@@ -64,11 +64,11 @@ class Ward(ToMe):
         if self.linkage == "cosine":
             a, b = dealt(keys / torch.linalg.vector_norm(keys, dim=2, keepdim=True), prefix)
             return a @ b.transpose(1, 2), weight
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # half precision leaves no digits of differences
         a, b = dealt(keys, prefix)
-        # one pass, where squares and their sum take two; in half precision too few digits would be left of differences
-        exact = torch.promote_types(keys.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(keys, dim=2, dtype=exact).square()
-        apart = pairs(*dealt(squares, prefix)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
+        squares = torch.linalg.vector_norm(keys, dim=2).square()  # one pass, where squares and their sum take two
+        with torch.autocast("cpu" if keys.is_meta else keys.device.type, enabled=False):  # there is none of meta
+            apart = pairs(*dealt(squares, prefix)).sub_(a @ b.transpose(1, 2), alpha=2)  # |k_A − k_B|²
         return apart.div_(pairs(*dealt(-1 / weight[:, prefix:], prefix))), weight
 
     def _read(self, attn: nn.Module, q: Tensor, k: Tensor, size: Tensor) -> Tensor:
