@@ -1,6 +1,6 @@
 """What takes part in a comparison, ready to be measured: the models of finished runs, and models given by path."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,15 @@ def _images(run: Run, table: pd.DataFrame) -> Any:
         raise CompareError("dataset is empty, and no run says which images: expected a name or path")
     dataset, size = resolve(run.params["dataset"]), run.params["img_size"] or None
     return data.load(dataset, img_size=size, root=root() / "data")
+
+
+def loaded(folders: Sequence[str], images: Any) -> dict[str, nn.Module]:
+    """The models of runs, by folder, as they take pixels normalised by images.mean and .std."""
+    found = {folder: models.load(folder) for folder in folders}
+    for folder, model in found.items():
+        about = _about(folder)
+        renormalise(model, starts.as_fed(images, about, about["normalise"]), images)
+    return found
 
 
 def _about(path: str | Path) -> dict[str, Any]:

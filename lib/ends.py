@@ -16,11 +16,15 @@ from lib.training_free import FINETUNING
 def begin(run: Run, *fine_tuning: str) -> tuple[Start, list[tuple[Tensor, Tensor]]]:
     """The dense model that the notebook names and the labelled batches that decide, on the device of evaluation.
 
-    fine_tuning: parameters that nothing else reads. ParameterError where such a one was given though nothing is tuned.
+    fine_tuning: parameters that nothing else reads. ParameterError where such a one was given though nothing is tuned,
+    or a parameter that does nothing to these parts; ValueError where fine-tuning could not begin.
     """
     if not run.params["finetune_epochs"]:
         alone = [name for name in FINETUNING if name != "batch_size"]  # which says how many images decide, too
         run.refuse(*alone, "optimizer", *fine_tuning, because="finetune_epochs is 0")
+    if "neuron" not in run.params["parts"]:
+        run.refuse("group_size", because="no neurons are among the parts")
+    train.Recipe.of(run.params, epochs=run.params["finetune_epochs"])  # refuses what would only fail after the search
     start, where = starts.dense(run, name="model_path"), evaluate.device()
     start.vit.to(where)
     count, size, split = (run.params[name] for name in ("analysis_batches", "batch_size", "analysis_split"))

@@ -43,10 +43,11 @@ class Parameter:
         """value as this parameter's type, or ParameterError. Text from a command line is read where it is exact."""
         converted = _convert(value, self.type)
         if isinstance(converted, list) and INTERVAL.search(self.help):  # YAML reads 1e-3 as text
-            numbers = [_convert(item, int | float) for item in converted]
+            whole = bool(self.default) and all(isinstance(item, int) for item in self.default)
+            numbers = [_convert(item, int if whole else int | float) for item in converted]
             if None in numbers:
                 fault = converted[numbers.index(None)]
-                raise ParameterError(f"{self.name} holds {fault!r}: expected numbers")
+                raise ParameterError(f"{self.name} holds {fault!r}: expected {'whole ' * whole}numbers")
             converted = numbers
         if converted is None:
             hint = " (quote it: papermill -r keeps text as it is)" if self.type is str else ""

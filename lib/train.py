@@ -4,6 +4,7 @@ Everything random is drawn from (seed, epoch, step), so a run that was killed at
 bit-identical weights on CPU; and one that several processes share ends where one process would, but for rounding.
 """
 
+import difflib
 import math
 import signal
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -60,6 +61,14 @@ class Recipe:
         for name, choices in expected.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if self.optimizer.lower().removeprefix("lookahead_") not in (known := list_optimizers()):
+            near = difflib.get_close_matches(self.optimizer, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise ValueError(f"optimizer is {self.optimizer!r}: expected one of timm's, such as adamw, sgd, muon{hint}")
+        if self.batch_size % self.num_processes:
+            raise ValueError(
+                f"batch_size is {self.batch_size}: expected a multiple of num_processes, {self.num_processes}"
+            )
         if late := [epoch for epoch in self.milestones if epoch >= self.epochs]:
             raise ValueError(f"milestones hold {late[0]}: expected epochs before the last of {self.epochs}")
         if self.epochs and self.warmup_epochs >= self.epochs:  # the rate would never reach its peak

@@ -79,6 +79,7 @@ def check(run: Run) -> None:
         free |= strength
     if run.params["finetune_epochs"]:
         free |= {"seed"}
+        train.Recipe.of(run.params, epochs=run.params["finetune_epochs"])  # refuses what would only fail later
     else:
         run.refuse(*FINETUNING, because="finetune_epochs is 0")
     others = {"keep_ratio", "r", "gamma", "merge_every", "blocks", "seed", "k_anchors", "top_m", "alpha", "start_block"}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from timm.data import ImageNetInfo
 from torch import nn
 
-from lib import evaluate, models, runs, starts
+from lib import evaluate, finished, models, runs, starts
 from lib.params import ParameterError
 from lib.pruners.tokens import TokenPruner
 from lib.starts import Start
@@ -147,6 +147,10 @@ def start(run: runs.Run, clip: Clip) -> Start:
     params = run.params
     source = {"dataset": runs.portable(params["dataset"]), "img_size": clip.size, "labels_csv": None}
     images = replace(starts.dataset({"data": source}), mean=clip.mean, std=clip.std)
+    made = {"digest": images.digest} if params["model"] in ("", "captions") else {}  # from their training images
+    if not params["model"]:
+        folder = Path(clip.name.removeprefix("local-dir:")).parent
+        starts.unchanged({"digest": finished.read(folder, "provenance")["dataset_digest"]}, images)
     prompts = params["templates"] or templates(images.name)
     where = evaluate.device()
     weights = (
@@ -158,7 +162,7 @@ def start(run: runs.Run, clip: Clip) -> Start:
     )
     clip.model.cpu()
     config = {name: clip.config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu")}
-    about = {"data": source, "normalise": "data", "classes": images.classes, "mean": clip.mean, "std": clip.std}
+    about = {"data": source, "normalise": "data", "classes": images.classes, "mean": clip.mean, "std": clip.std} | made
     return Start("", Tower(clip.model.visual, weights.contiguous(), config).eval(), images, about)
 
 

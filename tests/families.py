@@ -38,7 +38,7 @@ def make(name: str, **overrides) -> nn.Module:
 
 
 def by_onnx(model: nn.Module, x: torch.Tensor, folder: Path) -> torch.Tensor:
-    """What onnxruntime makes of images x with the model, exported for any number of images by another number of them."""
+    """What onnxruntime makes of images x with the model, exported for any number of images by twice as many."""
     onnxruntime = pytest.importorskip("onnxruntime")
     shapes = ({0: torch.export.Dim("batch")},)
     export = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}

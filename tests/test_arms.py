@@ -115,9 +115,13 @@ def test_runs_trained_on_other_pixel_statistics_are_fed_alike(take, images, tiny
     method_run(tmp_path, "dense/two", half, theirs, method="ucb", ratio=1.0, source=str(tiny_h5))
     found, _ = take(runs="dense/*", dataset="")
     x = evaluate.batch(found.images, 9)
-    for arm, model, fed in (("dense 1", ours, images), ("ucb 1", theirs, half)):
+    alone = arms.loaded([str(tmp_path / "dense" / name) for name in ("one", "two")], found.images)
+    names = zip((("dense 1", ours, images), ("ucb 1", theirs, half)), alone.values(), strict=True)
+    for (arm, model, fed), loaded in names:
         with torch.no_grad():
-            torch.testing.assert_close(found.models[arm](x), model(evaluate.batch(fed, 9)), atol=1e-5, rtol=1e-4)
+            expected = model(evaluate.batch(fed, 9))
+            for each in (found.models[arm], loaded):
+                torch.testing.assert_close(each(x), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])

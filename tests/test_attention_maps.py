@@ -192,7 +192,8 @@ def clip_run(tmp_path):
      ({"img_idxs": [7]}, r"img_idxs is \[7\], but extract_attention is off"),
      *(({"extract_attention": True, "attention_output": name}, f"attention_output is '{name}': expected a file's name "
         r"that ends in \.h5, \.hdf5, \.safetensors")
-       for name in ("maps.npz", "maps", "", "folder/maps.h5", "../maps.h5", "/tmp/maps.h5"))],
+       for name in ("maps.npz", "maps", "", "folder/maps.h5", "../maps.h5", "/tmp/maps.h5")),
+     ({"extract_attention": True, "attention_output": "model.safetensors"}, "'model.safetensors', the run's model")],
 )  # fmt: skip
 def test_parameters_for_no_file_are_refused(clip_run, values, fault):
     with pytest.raises(ParameterError, match=fault):

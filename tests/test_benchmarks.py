@@ -2,11 +2,15 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 
-from lib import models, training_free
+from lib import evaluate, models, training_free
+from lib.pruners.baselines import ToMe
+from lib.pruners.dropping import predicted_macs
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -71,6 +75,34 @@ def test_every_token_method_is_held_against_its_ceiling():
     assert {*table.method} == {*training_free.METHODS}
     assert ((table["MACs"] >= 1.5) & (table["MACs"] < 1.6)).all(), "as mild as that allows"
     assert (table[["speed-up", "ceiling", "share"]] > 0).all(axis=None)
+
+
+def test_a_schedule_is_timed_as_it_is_given():
+    schedule = [0, 9, 7, 5, 0, 0]
+    table = load("tokens").against_ceiling("vit_digits", 2, 1, 1.5, ["tome", "ward"], schedule=schedule)
+    dense = models.create("vit_digits", 10)
+    whole, merged = predicted_macs(ToMe(dense, 0)), predicted_macs(ToMe(dense, schedule))
+    assert table["MACs"].tolist() == pytest.approx([whole / merged] * 2, rel=2e-3)  # without the head of 1,000 classes
+
+
+def test_merging_is_measured_on_weights_of_the_hub(monkeypatch, tiny_h5, capsys):
+    """By --weights' default; without a hub from random ones that say what they were fed."""
+    merging = load("merging")
+
+    def hub(arch, num_classes, size, weights, **_):
+        assert weights == "pretrained"
+        vit = models.create("vit_digits", num_classes, **TINY | {"img_size": size, "patch_size": 28}).eval()
+        vit.pretrained_cfg |= {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+        return vit
+
+    monkeypatch.setattr(merging.starts, "models", SimpleNamespace(**vars(models) | {"create": hub}))
+    batch, seen = evaluate.batch, []
+    monkeypatch.setattr(merging.evaluate, "batch", lambda images, count: seen.append(images) or batch(images, count))
+    command = ["merging.py", "--images", str(tiny_h5), "--calibrate", "3", "--ceilings", "1.1", "--ways", "ToMe"]
+    for how, mean in (("data", (0.4, 0.5, 0.6)), ("half", (0.5, 0.5, 0.5))):
+        monkeypatch.setattr("sys.argv", [*command, "--normalise", how])
+        merging.main()
+        assert seen[-1].mean == mean and "| ToMe" in capsys.readouterr().out
 
 
 def test_every_way_of_merging_costs_the_same_and_is_measured_as_it_answers():

@@ -78,6 +78,7 @@ def test_a_declaration_that_cannot_be_checked_is_refused(source, fault):
         ("blocks", "[1,2]", [1, 2]),
         ("blocks", "1, 2", [1, 2]),
         ("blocks", (3, 4), [3, 4]),
+        ("blocks", [3.0, "4"], [3, 4]),
         ("tags", "[]", []),
         ("resume", "true", True),
         ("resume", "False", False),
@@ -112,8 +113,9 @@ def test_papermills_types_are_read_where_that_is_exact(name, given, read):
         ("blocks", [], "blocks is an empty list: expected at least one"),
         ("blocks", "[1, 12]", r"blocks is 12: expected a value in \[0, 11\]"),
         ("blocks", 3, "blocks is 3: expected list"),
-        ("blocks", [1, "two"], "blocks holds 'two': expected numbers"),
-        ("blocks", ["1e2"], r"blocks is 100.0: expected a value in \[0, 11\]"),
+        ("blocks", [1, "two"], "blocks holds 'two': expected whole numbers"),
+        ("blocks", [1, 1.5], "blocks holds 1.5: expected whole numbers"),
+        ("blocks", ["1e2"], r"blocks is 100: expected a value in \[0, 11\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name, given, fault):

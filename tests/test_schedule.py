@@ -32,19 +32,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_bells_are_symmetric_about_their_peak():
-    for depth in (1, 2, 5, 6, 12):
+    for depth in (5, 6, 12):
         for width in schedule.WIDTHS:
             found = schedule.bell(depth, 0.5, width)
             assert found == pytest.approx(found[::-1]) and found[: depth // 2] == sorted(found[: depth // 2])
-            assert max(found) > 0, "of the shallowest model, too"
             early, late = schedule.bell(depth, 0.3, width), schedule.bell(depth, 0.7, width)
             assert early == pytest.approx(late[::-1])
     for centre, width in BELLS:
         found = schedule.bell(12, centre, width)
         assert abs((found.index(max(found)) + 0.5) / 12 - centre) <= 0.5 / 12 + 1e-9, "the block nearest to the centre"
-    height = math.exp(-0.5)
-    half = math.exp(-0.125)
-    assert schedule.bell(10, 0.25, 0.2) == pytest.approx([height, half, 1, half, height, 0, 0, 0, 0, 0])
+    assert schedule.bell(10, 0.25, 0.2)[2] == 1 and schedule.bell(10, 0.25, 0.2)[4] == pytest.approx(math.exp(-0.5))
+
+
+@pytest.mark.parametrize(("depth", "belong"), [(1, 1), (2, 2), (6, 6), (8, 8), (9, 8), (12, 8), (24, 16), (32, 21)])
+def test_two_thirds_of_the_blocks_belong_to_a_bell_or_eight(depth, belong):
+    for centre, width in BELLS:
+        found = schedule.bell(depth, centre + 1e-6, width)  # between two blocks as far from it
+        merging = [block for block, height in enumerate(found) if height]
+        assert len(merging) == belong and merging == [*range(merging[0], merging[-1] + 1)]
+        left = [abs((block + 0.5) / depth - centre) for block in range(depth) if block not in merging]
+        assert all(abs((block + 0.5) / depth - centre) <= min(left, default=1) + 1e-5 for block in merging)
+    assert sum(height > 0 for height in schedule.bell(24, 0.5 + 0.5 / 24, 0.2)) == 17, "of two as far both"
 
 
 def test_a_spaced_shape_is_zero_between():

@@ -312,3 +312,7 @@ def test_bad_arguments(r):
 def test_whole_numbers_merge(r):
     with pytest.raises(ValueError, match="expected a number of tokens from 0"):
         ToMe(make("vit"), r)
+    vit, whole = make("vit"), [round(each) for each in r] if isinstance(r, list) else round(r)
+    as_floats = [float(each) for each in whole] if isinstance(r, list) else float(whole)
+    assert torch.equal(ToMe(vit, as_floats)(images(vit)), ToMe(vit, whole)(images(vit)))
+    assert ToMe.of_total(vit, 4, 2.0).rs == ToMe.of_total(vit, 4, 2).rs

@@ -40,6 +40,7 @@ def start(tiny) -> Start:
     ("rules", "kind", "arguments"),
     [({}, "TopK", {"keep_ratio": 0.5, "blocks": [1, 2, 3]}),
      ({"method": "evit", "blocks": [0, 2], "keep_ratio": 0.25}, "EViT", {"keep_ratio": 0.25, "blocks": [0, 2]}),
+     ({"keep_ratio": 0.3}, "TopK", {"keep_ratio": 0.3, "blocks": [1, 2, 3]}),
      ({"method": "random", "seed": 3}, "RandomDrop", {"keep_ratio": 0.5, "blocks": [1, 2, 3], "seed": 3}),
      ({"method": "tome"}, "ToMe", {"r": 2}),
      ({"method": "tome", "merge_every": 2}, "ToMe", {"r": [2, 0, 2, 0]}),

@@ -1,6 +1,7 @@
 """UCB stage 1: the identities of the method, on several model families in float64."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from families import FAMILIES, by_onnx, images, make
 
 from lib import blocks
 from lib.pruners.tokens import FixedPatches, gather, with_prefix
-from lib.pruners.ucb import UCB, ucb_scores
+from lib.pruners.ucb import UCB
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 
@@ -67,9 +68,26 @@ def test_beta_zero_is_attention_top_k():
     assert torch.equal(ucb.trace(x).kept[0], expected)
 
 
-def test_uniform_attention_has_importance_one():
-    importance = torch.full((2, 3, 5), 1 / 5) * 5
-    assert torch.allclose(ucb_scores(importance, torch.zeros(3, 5)), torch.ones(2, 5))
+@pytest.mark.parametrize("mode", ["mask", "gather"])
+def test_scores_are_importance_and_bonus_by_hand(mode):
+    """Mean over heads of P · (mean attention received) + β √(ln t / N), of the patches that are still there."""
+    vit, beta = make("vit"), 0.7
+    ucb, block = UCB(vit, 0.5, beta=beta, mode=mode).double().train(), vit.blocks[1]
+    generator = torch.Generator().manual_seed(3)
+    counts = 1 + 30 * torch.rand(ucb.ucb_count_scores.shape, generator=generator, dtype=torch.float64)
+    ucb.ucb_count_scores.copy_(counts)
+    ucb.steps.fill_(36)
+    ids = torch.stack([torch.randperm(16, generator=generator)[:9].sort().values for _ in range(3)])
+    x = torch.randn(3, 10, vit.embed_dim, generator=generator, dtype=torch.float64)
+    q, k, _ = blocks.qkv(block.attn, block.norm1(x))
+    received = blocks.probabilities(block.attn, q, k).mean(dim=2)[..., 1:] * 9  # 1 where all get as much
+    bonus = torch.stack([beta * (math.log(37) / counts[1, :, 1 + one]).sqrt() for one in ids])
+    best = (received + bonus).mean(dim=1).argsort(dim=1, descending=True)
+    assert not torch.equal(best, received.mean(dim=1).argsort(dim=1, descending=True)), "the bonus decides, too"
+    assert not torch.equal(best, bonus.mean(dim=1).argsort(dim=1, descending=True)), "and not alone"
+    _, _, kept, counted = ucb.block(1, x, ids, ucb.extra()[1][0])
+    expected = ids.gather(1, best[:, :4])
+    assert torch.equal(kept, expected.sort(dim=1).values) and torch.equal(counted, expected)
 
 
 def test_beta_infinite_explores_round_robin():
@@ -220,6 +238,7 @@ def test_exports(mode, tmp_path):
     ("arguments", "message"),
     [({"keep_ratio": 0}, "share in"), ({"keep_ratio": 1.5}, "share in"), ({"keep_ratio": float("nan")}, "share in"),
      ({"explore_ratio": -1}, "share in"), ({"beta": -1}, "beta is -1"), ({"beta": float("inf")}, "beta is inf"),
+     ({"explore_ratio": 1.0, "keep_ratio": 1.0}, "explore_ratio is 1.0: all patches would count alike"),
      ({"mode": "drop"}, "expected 'mask' or 'gather'")],
 )  # fmt: skip
 def test_bad_arguments(arguments, message):

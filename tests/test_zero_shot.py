@@ -54,7 +54,7 @@ def load(tmp_path, monkeypatch):
 def start(load, tiny_h5):
     """start(clip, dataset, templates): a Start as clip_zeroshot.ipynb makes it."""
     return lambda clip, dataset=tiny_h5, templates=(): zero_shot.start(
-        SimpleNamespace(params={"dataset": str(dataset), "templates": list(templates)}), clip
+        SimpleNamespace(params={"dataset": str(dataset), "templates": list(templates), "model": "tiny-clip"}), clip
     )
 
 
@@ -295,6 +295,22 @@ def test_features_without_classes_come_back_from_a_file(load, tmp_path):
     loaded = models.load(models.save(tower, tmp_path / "model"))
     with torch.no_grad():
         assert torch.equal(loaded(images()), clip.model.encode_image(images())) and loaded.weights is None
+
+
+def test_a_model_of_captions_is_not_tested_on_other_images_than_it_was_made_for(load, tiny_h5, tmp_path):
+    """Its own dataset with another split: what it is tested on now, it may have learnt from."""
+    clip, folder = load(), tmp_path / "made"
+    clip = clip._replace(name=f"local-dir:{folder / 'clip'}")
+    again = tmp_path / "split_anew.h5"
+    with h5py.File(tiny_h5) as old, h5py.File(again, "w") as new:
+        for split, other in {"train": "train", "val": "test", "test": "val"}.items():
+            for name in ("images", "labels"):
+                new[f"{split}_{name}"] = old[f"{other}_{name}"][:]
+    asked = lambda dataset: SimpleNamespace(params={"dataset": str(dataset), "templates": [], "model": ""})  # noqa: E731
+    runs.write_json(folder / "provenance.json", {"dataset_digest": data.load(tiny_h5).digest})
+    assert zero_shot.start(asked(tiny_h5), clip).about["digest"] == data.load(tiny_h5).digest
+    with pytest.raises(data.DataError, match=r"split_anew\.h5 holds other images than when this model was trained"):
+        zero_shot.start(asked(again), clip)
 
 
 def test_folders_of_captions_are_open_clips_own(make_run, tiny, monkeypatch):

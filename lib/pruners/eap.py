@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib import blocks
 from lib.pruners import components
@@ -39,6 +40,7 @@ def scores(
     samples: int | None = None,
     steps: int = 8,
     seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """A score per part, mean over images, float64: "block", "attn", "mlp" (L,), "head" (L, H), "neuron" (L, M).
 
@@ -60,9 +62,9 @@ def scores(
         objective = "ce"
     generator, total, count = torch.Generator().manual_seed(seed), None, 0
     with blocks.evaluation(vit):
-        for images, labels in batches:
+        for images, labels in tqdm(batches, desc=f"EAP, {objective}", mininterval=1, disable=not progress):
             if objective == "ig":
-                found = _integrated(vit, images, labels if use_task_loss else None, steps)
+                found = _integrated(vit, images, labels if use_task_loss else None, steps, progress)
             else:
                 found = _at_one(vit, images, labels, objective, samples, generator)
             total = found if total is None else {kind: total[kind] + found[kind] for kind in found}
@@ -118,25 +120,24 @@ def _directions(log_p: Tensor, samples: int | None, generator: torch.Generator) 
         yield root * signs, 1 / samples
 
 
-def _integrated(vit: nn.Module, images: Tensor, labels: Tensor | None, steps: int) -> dict[str, Tensor]:
+def _integrated(vit: nn.Module, images: Tensor, labels: Tensor | None, steps: int, progress: bool) -> dict[str, Tensor]:
     """Gradients integrated along each block's path, summed over images; labels None: of the KL to the prediction."""
     with torch.no_grad():
         clean = vit(images).log_softmax(dim=1)
     total = {kind: torch.zeros_like(value, dtype=torch.float64) for kind, value in components.ones(vit).items()}
-    for kind in total:
-        for index, block in enumerate(vit.blocks):
-            if kind in ("head", "neuron") and not sizes(block)[kind == "neuron"]:
-                continue
-            for step in range(steps):
-                gate = components.ones(vit)[kind]
-                gate[index] = (step + 0.5) / steps
-                gate.requires_grad_()
-                with torch.enable_grad(), components.gates(vit, {kind: gate}):
-                    log_p = vit(images).log_softmax(dim=1)
-                    lost = F.kl_div(log_p, clean, reduction="sum", log_target=True)
-                    value = lost if labels is None else F.nll_loss(log_p, labels, reduction="sum")
-                (slope,) = torch.autograd.grad(value, gate)
-                total[kind][index] += slope[index].double() / steps
+    paths = [(kind, index) for kind in total for index, block in enumerate(vit.blocks)
+             if kind not in ("head", "neuron") or sizes(block)[kind == "neuron"]]  # fmt: skip
+    for kind, index in tqdm(paths, desc="paths of a batch", mininterval=1, leave=False, disable=not progress):
+        for step in range(steps):
+            gate = components.ones(vit)[kind]
+            gate[index] = (step + 0.5) / steps
+            gate.requires_grad_()
+            with torch.enable_grad(), components.gates(vit, {kind: gate}):
+                log_p = vit(images).log_softmax(dim=1)
+                lost = F.kl_div(log_p, clean, reduction="sum", log_target=True)
+                value = lost if labels is None else F.nll_loss(log_p, labels, reduction="sum")
+            (slope,) = torch.autograd.grad(value, gate)
+            total[kind][index] += slope[index].double() / steps
     return total
 
 

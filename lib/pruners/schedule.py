@@ -1,8 +1,8 @@
 """How many tokens to merge in which block, for a budget: a schedule, chosen by what it does to the model's answers.
 
-Candidates are bells over the depth (centre, width), without their tails, and even merging, each as strong as the budget
-asks; for a budget of time also those that merge in every second block only, since matching takes time, though hardly
-any multiply-adds.
+Candidates are bells over the depth (centre, width) and even merging, each as strong as the budget asks; for a budget of
+time also those that merge in every second block only. Matching takes time, though hardly any multiply-adds: a bell ends
+where its tails would take a matching for a token or two.
 Unlabelled images decide, by KL(dense ‖ merged), by successive halving (Karnin et al. 2013): all candidates on a few
 images, the better half on as many more, until all images were seen and one is left. A bell has two numbers, which a few
 images can tell; a number for every block would fit the images.
@@ -26,6 +26,8 @@ from lib.pruners.dropping import Unreachable, predicted_macs
 
 CENTRES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the depth
 WIDTHS = (0.15, 0.22, 0.33)
+MERGING = 2 / 3  # of the blocks belong to a bell, those nearest to its centre,
+AT_LEAST = 8  # or so many
 BATCH = 64  # images that are asked at once
 NAMES = ("r", "centre", "width", "kl_nats", "images", "cost", "unit")
 
@@ -69,11 +71,11 @@ def read(path: str | Path) -> Schedule:
 
 
 def bell(depth: int, centre: float, width: float) -> list[float]:
-    """exp(−(l − centre)² / 2 width²) with l the middle of each block, all in shares of the depth; 0 where l is further
-    than `width` from the centre, if any is not: there a matching would be made for a token or two."""
+    """exp(−(l − centre)² / 2 width²) with l the middle of each block, all in shares of the depth; 0 in blocks that do
+    not belong to it."""
     apart = [abs((block + 0.5) / depth - centre) for block in range(depth)]
-    reach = max(width, min(apart)) + 1e-9  # of two blocks as far from the centre both are in
-    return [math.exp(-((each / width) ** 2) / 2) if each <= reach else 0.0 for each in apart]
+    furthest = sorted(apart)[min(depth, max(AT_LEAST, round(MERGING * depth))) - 1] + 1e-9  # of two as far both belong
+    return [math.exp(-((each / width) ** 2) / 2) if each <= furthest else 0.0 for each in apart]
 
 
 def spaced(shape: Sequence[float], places: Collection[int]) -> list[float]:

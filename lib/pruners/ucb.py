@@ -82,6 +82,10 @@ class UCB(TokenPruner):
             raise ValueError(
                 f"explore_ratio {explore_ratio} is above keep_ratio {keep_ratio}: what is dropped cannot count"
             )
+        if explore_ratio is not None and self.patches == kept_count(explore_ratio, self.patches) > 1:
+            raise ValueError(
+                f"explore_ratio is {explore_ratio}: all patches would count alike, expected a share below 1"
+            )
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta is {beta}: expected a finite number, at least 0")
         if mode not in ("mask", "gather"):
