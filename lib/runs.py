@@ -184,7 +184,7 @@ class Run(Part):
             for old in (self.dir / "DONE", *self.dir.glob("last/*")):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "parts", ignore_errors=True)
-        elif not self.begun:  # all is made anew: until then what lies there is of two runs
+        elif "resume" not in values:  # all is made anew: until then what lies there is of two runs
             (self.dir / "DONE").unlink(missing_ok=True)
         self.resumed = self.done or self.begun
         write_json(self.dir / "params.json", values)

@@ -128,7 +128,7 @@ def unchanged(about: dict[str, Any], images: Any) -> None:
     learnt from."""
     if about.get("digest", images.digest) != images.digest:
         raise data.DataError(f"dataset {images.name} holds other images than when this model was trained: put them "
-                             "back, or train it anew (resume: False)")  # fmt: skip
+                             "back, or train it anew (its notebook with resume: False)")  # fmt: skip
 
 
 def _source(params: dict[str, Any]) -> dict[str, str | None]:

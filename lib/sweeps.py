@@ -36,7 +36,7 @@ from lib import gpus, params, runs
 KEYS = {"notebook": str, "name": str, "parameters": dict, "needs": dict, "threads": int, "resources": dict}
 STATES = ("last", "parts")  # where a run keeps what it goes on from
 TOP = {"name": str, "stages": list, "output_dir": str, "threads": int, "resources": dict}
-RESOURCES = {"gpu": int, "mem_mb": int, "runtime": int}  # that the Snakefile asks for
+RESOURCES = dict.fromkeys(("gpu", "mem_mb", "runtime"), object)  # that the Snakefile asks for, as Snakemake reads them
 
 
 class SweepError(ValueError):

@@ -20,6 +20,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from lib import evaluate, finished, models, runs, starts
+from lib.data import DataError
 from lib.params import ParameterError
 from lib.pruners.tokens import TokenPruner
 from lib.starts import Start
@@ -150,7 +151,9 @@ def start(run: runs.Run, clip: Clip) -> Start:
     made = {"digest": images.digest} if params["model"] in ("", "captions") else {}  # from their training images
     if not params["model"]:
         folder = Path(clip.name.removeprefix("local-dir:")).parent
-        starts.unchanged({"digest": finished.read(folder, "provenance")["dataset_digest"]}, images)
+        if finished.read(folder, "provenance")["dataset_digest"] != images.digest:
+            found = f"dataset {images.name} holds other images than when the model in {folder} was trained"
+            raise DataError(f"{found}: put them back, or remove that run")
     prompts = params["templates"] or templates(images.name)
     where = evaluate.device()
     weights = (

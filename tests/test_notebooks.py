@@ -646,7 +646,6 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
      ("ucb_stage1", {"warmup_steps": 100}, "warmup_steps is 100: expected fewer than all "),
      ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
-     ("ucb_stage2", {"selection": "centre", "frozen_keep_ratio": 1}, "but frozen_keep_ratio is 1: all patches stay"),
      ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
      ("avit", {"ckpt": "scratch", "distill_weight": 1.0}, "but ckpt scratch has no trained model"),
      ("avit", {"distr_kl": "backward"}, "expected one of forward, reverse"),

@@ -151,8 +151,6 @@ def test_arrays_and_figures_are_files_of_the_run(make_run):
 def test_one_process_may_start_its_run_twice(make_run, capsys):
     first, second = make_run(), make_run()
     assert first.dir == second.dir
-    (second.dir / "last").mkdir()
-    (second.dir / "last" / "0.pt").touch()
     second.finish({})
     assert make_run().done
     assert capsys.readouterr().out.count("(done before: what is finished is reused)") == 1
@@ -160,11 +158,11 @@ def test_one_process_may_start_its_run_twice(make_run, capsys):
 
 def test_a_name_that_stands_for_other_parameters_is_refused(make_run):
     make_run(seed=3).close()  # has made nothing yet: nothing can be mixed up
-    run = make_run(seed=1)
-    run.finish({})
+    make_run(seed=1).finish({})
     with pytest.raises(RunError, match=r"other parameters \(seed was 1, is 2\): choose another run_name"):
         make_run(seed=2)
-    assert run.done and json.loads((run.dir / "params.json").read_text())["seed"] == 1, "the refusal changed nothing"
+    again = make_run(seed=1)  # the refusal changed nothing
+    assert again.done and json.loads((again.dir / "params.json").read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize("begun", ["last/state-00000001.pt", "last/search.jsonl", "parts/state00/state.json"])
@@ -212,7 +210,7 @@ sys.stdin.read()
 
 
 def test_a_run_that_always_starts_anew_is_not_done_until_it_is_again(project):
-    """A notebook without `resume`, or that trained nothing: what lies there while it runs is of two runs."""
+    """A notebook without `resume`: what lies there while it runs is of two runs."""
     write_notebook(project / "notebooks" / "toy.ipynb", "seed: int = 0", CODE)
     declaration = params.declared_in(project / "notebooks" / "toy.ipynb")
     assert "resume" not in declaration
@@ -221,15 +219,6 @@ def test_a_run_that_always_starts_anew_is_not_done_until_it_is_again(project):
         assert not run.done
         run.finish({})
         assert run.done and not run.resumed
-
-
-def test_a_run_that_has_nothing_to_go_on_from_is_not_done_until_it_is_again(make_run):
-    run = make_run()
-    assert run.params["resume"]
-    run.finish({})
-    assert run.done and not make_run().done
-    run.finish({})
-    assert run.done
 
 
 def test_a_run_remembers_places_from_the_projects_folder(project):
@@ -333,7 +322,6 @@ def test_one_of_several_choices_is_no_path(project, monkeypatch):
 def test_time_since_a_run_was_resumed_is_not_called_all_of_it(tmp_path):
     for resume, resumed in ((True, False), (True, True), (False, False)):
         run = tiny_run(tmp_path, resume=resume)
-        runs.write(run.dir / "last" / "state.pt", lambda temporary: temporary.write_text("state"))
         run.finish({})
         assert json.loads((run.dir / "provenance.json").read_text())["resumed"] == resumed
 

@@ -204,7 +204,7 @@ class ToMe(TokenPruner):
 
     def _followed(self, x: Tensor, moves: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor]]:
         """Per block the ids of its tokens (B, n), and which of them each patch is in (B, P)."""
-        sources = torch.arange(self.patches, device=x.device).expand(len(x), -1)
+        sources = torch.arange(self.patches, device=x.device).expand(x.shape[0], -1)
         ids, record = F.pad(sources, (self.prefix, 0), value=-1), []
         for moved in moves:
             ids, sources = follow(ids, sources, *moved) if moved else (ids, sources)
