@@ -644,7 +644,7 @@ def test_killed_in_a_state_the_same_command_ends_in_the_same_bits(dataset, tmp_p
      ("ucb_stage1", {"ckpt": "checkpoints/vit_digits.safetensors", "arch": "vit_cifar"}, "but ckpt brings its own"),
      ("ucb_stage2", {"stage1_checkpoint_path": "checkpoints/vit_digits.safetensors"}, "expected ucb.UCB"),
      ("ucb_stage1", {"keep_ratio": 1.5}, "keep_ratio is 1.5: expected a value in (0, 1]"),
-     ("ucb_stage1", {"warmup_steps": 100}, "warmup_steps is 100: expected fewer than all "),
+     ("ucb_stage1", {"ckpt": "scratch", "warmup_steps": 10**6}, "warmup_steps is 1000000: expected fewer than all "),
      ("ucb_stage2", {"selection": "randm"}, "did you mean random?"),
      ("ucb_stage2", {"stage1_checkpoint_path": "nowhere"}, "model nowhere not found"),
      ("avit", {"ckpt": "scratch", "distill_weight": 1.0}, "but ckpt scratch has no trained model"),
