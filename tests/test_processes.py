@@ -173,7 +173,7 @@ def test_what_a_process_raises_is_raised_here(tmp_path, tiny_h5, monkeypatch):
         go(Wrong("nan"))
     with pytest.raises(LookupError, match="the second process found nothing"):
         go(Wrong("raises on one"))
-    with pytest.raises(ValueError, match="batches have 9 images: expected a multiple of num_processes, 2"):
+    with pytest.raises(ValueError, match="batch_size is 9: expected a multiple of num_processes, 2"):
         go(losses.task, batch_size=9)
     with pytest.raises(ValueError, match="cannot be handed this training .*use num_processes=1"):
         go(lambda *_: None)
