@@ -26,8 +26,8 @@ from lib.pruners.dropping import Unreachable, predicted_macs
 
 CENTRES = (0.15, 0.3, 0.45, 0.6, 0.75)  # of the depth
 WIDTHS = (0.15, 0.22, 0.33)
-MERGING = 2 / 3  # of the blocks belong to a bell, those nearest to its centre,
-AT_LEAST = 8  # or so many
+SHARE = 2 / 3  # share of the blocks that a bell takes in, those nearest to its centre,
+AT_LEAST = 8  # or so many blocks
 BATCH = 64  # images that are asked at once
 NAMES = ("r", "centre", "width", "kl_nats", "images", "cost", "unit")
 
@@ -74,7 +74,7 @@ def bell(depth: int, centre: float, width: float) -> list[float]:
     """exp(−(l − centre)² / 2 width²) with l the middle of each block, all in shares of the depth; 0 in blocks that do
     not belong to it."""
     apart = [abs((block + 0.5) / depth - centre) for block in range(depth)]
-    furthest = sorted(apart)[min(depth, max(AT_LEAST, round(MERGING * depth))) - 1] + 1e-9  # of two as far both belong
+    furthest = sorted(apart)[min(depth, max(AT_LEAST, round(SHARE * depth))) - 1] + 1e-9  # of two as far both belong
     return [math.exp(-((each / width) ** 2) / 2) if each <= furthest else 0.0 for each in apart]
 
 
