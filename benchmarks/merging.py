@@ -5,7 +5,8 @@
 
 All at the same multiply-adds by the closed form, without what choosing takes (`--ceilings`: dense divided by those);
 "counted" is with that. Per way: top-1 and NLL on the test images, KL from
-dense; paired with ToMe, McNemar's p of top-1 and a bootstrap's 95 % interval of the NLL's difference. Schedules are
+dense; paired with the first of `--ways`, McNemar's p of top-1 and a bootstrap's 95 % interval of the NLL's difference.
+Schedules are
 chosen on `--calibrate` images that are not tested on: validation images or, where all images are test, so many of them,
 at random (of the ImageNet sample 300: those that Ward merging was made with).
 """
@@ -80,7 +81,7 @@ def measured(
     ceilings: Sequence[float],
     ways: Sequence[str] = EVERY,
 ) -> pd.DataFrame:
-    """One row per ceiling and way."""
+    """One row per ceiling and way, paired with the first of `ways`."""
     clean, whole, rows = answers(vit, images), predicted_macs(ToMe(vit, 0)), []
     counted = lambda model: evaluate.macs(model, tuple(images.shape[1:]))["macs_g"]  # noqa: E731
     nll = lambda found: -found[torch.arange(len(labels)), labels]  # noqa: E731
@@ -96,10 +97,10 @@ def measured(
             row["counted"] = counted(vit) / counted(pruner)
             row |= {"top1": right.double().mean().item(), "NLL": nll(found[name]).mean().item()}
             row["KL"] = (clean.exp() * (clean - found[name])).sum(1).mean().item()
-            if "ToMe" in found and name != "ToMe":
-                tome = found["ToMe"]
-                row["p"] = evaluate.mcnemar(right.numpy(), (tome.argmax(1) == labels).numpy())["p_value"]
-                apart = (nll(found[name]) - nll(tome)).numpy()
+            if name != ways[0]:
+                first = found[ways[0]]
+                row["p"] = evaluate.mcnemar(right.numpy(), (first.argmax(1) == labels).numpy())["p_value"]
+                apart = (nll(found[name]) - nll(first)).numpy()
                 drawn = np.random.default_rng(0).integers(0, len(apart), (2000, len(apart)))
                 row["NLL low"], row["NLL high"] = map(float, np.quantile(apart[drawn].mean(axis=1), [0.025, 0.975]))
             rows.append(row)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--normalise", default="half", choices=["data", *data.STATISTICS])
     parser.add_argument("--calibrate", type=int, default=128, help="images that choose schedules")
     parser.add_argument("--ceilings", type=float, nargs="+", default=[1.15, 1.5, 1.64, 1.9, 2.5])
-    parser.add_argument("--ways", nargs="+", choices=EVERY, default=EVERY, help="ToMe first, with whom others compare")
+    parser.add_argument("--ways", nargs="+", choices=EVERY, default=EVERY, help="others are compared with the first")
     parser.add_argument("--out", default="", help="a CSV file of the table")
     asked = parser.parse_args()
     runs.keep_memory()

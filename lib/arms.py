@@ -152,7 +152,8 @@ def _measured(run: Run, name: str, model: nn.Module, images: Any) -> dict[str, A
     write_json(run.dir / "given" / name / "metrics.json", about | scores)
     run.arrays(f"given/{name}/test", logits=predicted.logits, labels=predicted.labels)
     numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
-    return {"run": str(run.dir / "given" / name), "arm": name, "seed": 0, "keep_ratio": np.nan, **about, **numbers}
+    row = {"run": str(run.dir / "given" / name), "arm": name, "seed": 0, "keep_ratio": np.nan, "trained": False}
+    return row | about | numbers
 
 
 @torch.no_grad()
@@ -167,7 +168,11 @@ def renormalise(model: nn.Module, own: Any, images: Any) -> None:
     if isinstance(model, ResNet20):
         raise CompareError("a ResNet pads with zeros, which say another thing under other pixel statistics: compare it "
                            f"with models of its mean {own.mean} and std {own.std}")  # fmt: skip
-    embed = getattr(model, "vit", model).patch_embed.proj
+    patches = getattr(model, "vit", model).patch_embed
+    if hasattr(patches, "backbone"):
+        raise CompareError("a hybrid's patches come from a network that is not linear: compare it with models of its "
+                           f"mean {own.mean} and std {own.std}")  # fmt: skip
+    embed = patches.proj
     mean, std, own_mean, own_std = (
         torch.tensor(values, dtype=torch.float64).reshape(1, -1, 1, 1)
         for values in (images.mean, images.std, own.mean, own.std)

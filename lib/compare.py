@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from lib import evaluate
 from lib.finished import GIVEN, CompareError, predictions, read
@@ -17,6 +18,7 @@ SCORES = (
     *("confidence", "confidence_correct", "confidence_incorrect", "confidence_gap"),
     *("entropy_nats", "nll_nats", "brier", "ece"),
 )
+TIMED = 16  # images that smaller batches are made of
 COSTS = {"latency": "latency_ms", "macs": "macs_g", "params": "params_m"}
 
 
@@ -28,6 +30,21 @@ def with_speed(table: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     limits = limits[speed.model.str.startswith("ceiling of ").to_numpy()]
     measured = speed.assign(of_ceiling=speed.speedup / speed.model.map(limits)).rename(columns={"model": "arm"})
     return table.drop(columns=columns, errors="ignore").merge(measured[["arm", *columns]], on="arm", how="left")
+
+
+def elsewhere(
+    models: dict[str, nn.Module], images: Any, settings: Sequence[tuple[int, str]], baseline: str, repeats: int
+) -> pd.DataFrame:
+    """One row per arm: its speed-up over the baseline arm in each of `settings`, (images per batch, precision), over
+    batches of test images of what lib.data.load returns: TIMED in all, since the work may depend on the image."""
+    found = {}
+    for size, precision in settings:
+        batches = evaluate.batch(images, size * max(1, TIMED // size)).split(size)
+        batches = [batch for batch in batches if len(batch) == len(batches[0])]  # of few images the last may be less
+        how = {"precision": precision, "repeats": max(3, repeats // len(batches)), "device": evaluate.device()}
+        times = [evaluate.latency(models, batch, **how).set_index("model").latency_ms for batch in batches]
+        found[f"batch {len(batches[0])}, {precision}"] = sum(times)[baseline] / sum(times)
+    return pd.DataFrame(found, index=[*models]).rename_axis("arm").reset_index()
 
 
 def summary(table: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:

@@ -113,7 +113,8 @@ def ceilings(shown: Mapping[str, nn.Module], images: Any) -> dict[str, nn.Module
             continue
         else:
             running = model.tokens(evaluate.batch(images, LOOKED_AT).to(next(model.parameters()).device))
-            tokens = running.double().mean(dim=1).round().clamp(min=1).int().tolist()  # of images that have left, 0
+            least = max(1, model.prefix)  # an image that has left runs 0
+            tokens = running.double().mean(dim=1).round().clamp(min=least).int().tolist()
         whole = not hasattr(model, "counts")  # A-ViT's tokens leave between blocks
         found[name] = FirstTokens(model.vit, np.minimum.accumulate(tokens).tolist(), whole_blocks=whole).eval()
     return found

@@ -10,7 +10,7 @@ from lib import data, evaluate
 from lib.params import ParameterError
 from lib.pruners import schedule
 from lib.pruners.baselines import ToMe
-from lib.pruners.dropping import predicted_macs
+from lib.pruners.dropping import predicted_macs, refuse_met
 from lib.pruners.tokens import TokenPruner
 from lib.pruners.ward import Ward
 from lib.runs import Run, resolve, root, write
@@ -52,9 +52,13 @@ def budget(run: Run, start: Start, merge: Callable) -> tuple[float, Callable[[To
         raise ParameterError(f"merge_every holds {wrong[0]!r}: expected whole numbers of blocks")
     if limit := run.params["latency_ms"]:
         run.refuse("macs_g", because="latency_ms is the budget")
-        batch = evaluate.batch(start.images, run.params["latency_batch"]).to(evaluate.device())
+        batch, size = evaluate.batch(start.images, run.params["latency_batch"]), run.params["latency_batch"]
+        if len(batch) < size:
+            raise ParameterError(f"latency_batch is {size}: expected at most the {len(batch)} test images")
+        batch = batch.to(evaluate.device())
         return limit, schedule.milliseconds(start.vit, merge, batch), "ms", every or [1, 2]
     half = predicted_macs(merge(start.vit, 0)) / 2
+    refuse_met(start.vit, run.params["macs_g"])
     return run.params["macs_g"] or half, predicted_macs, "GMACs", every or [1]
 
 

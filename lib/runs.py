@@ -187,6 +187,9 @@ class Run(Part):
         elif "resume" not in values:  # all is made anew: until then what lies there is of two runs
             (self.dir / "DONE").unlink(missing_ok=True)
         self.resumed = self.done or self.begun
+        if "resume" in values and not self.resumed:  # what another run of this name left would pass for this one's
+            shutil.rmtree(self.dir / "figures", ignore_errors=True)
+            (self.dir / "metrics.jsonl").unlink(missing_ok=True)
         write_json(self.dir / "params.json", values)
         state = "done before: what is finished is reused" if self.done else "resumes" if self.begun else "new"
         print(f"{notebook}: writing to {self._shown()} ({state})\n  {self.command}", flush=True)
@@ -210,7 +213,8 @@ class Run(Part):
         path = self.dir / "params.json"
         if not path.exists() or not (self.done or self.begun):
             return  # nothing there that could be mixed up or lost
-        before, now = identity(json.loads(path.read_text())), identity(self.params)
+        saved = json.loads(path.read_text())
+        before, now = identity(self.defaults | saved), identity(self.params)  # of parameters newer than it, the default
         other = [
             f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)
         ]
@@ -253,8 +257,11 @@ class Run(Part):
         write(self.dir / "figures" / f"{name}.png", save)
 
     def arrays(self, name: str, **arrays: Any) -> None:
-        """Save numpy arrays as <name>.npz, compressed."""
+        """Save numpy arrays as <name>.npz, compressed. From here on the run is unfinished until `finish`: until then
+        some of what lies there is of this time, and some of the last."""
         import numpy as np
+
+        (self.dir / "DONE").unlink(missing_ok=True)
 
         def save(temporary: Path) -> None:
             with open(temporary, "wb") as file:
@@ -316,7 +323,10 @@ def identity(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
-    """The finished run of a notebook with the wanted parameters, the others at their defaults: found, else made now."""
+    """The finished run of a notebook with the wanted parameters, the others at their defaults: found, else made now.
+
+    RunError where it cannot be made, or where a model that the one found was made from was written since.
+    """
     source = root() / "notebooks" / f"{notebook}.ipynb"
     declaration = parameters.declared_in(source)
     wanted = _made_by(wanted, declaration) | {"output_dir": output_dir}
@@ -324,6 +334,10 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
     way = _made_by(values, declaration)
     for mark in sorted((root() / Path(output_dir).expanduser() / notebook).glob("*/DONE")):
         if _made_by(json.loads((mark.parent / "params.json").read_text()), declaration) == way:
+            for name in way.keys() - {"dataset", "labels_csv"}:  # of images there are digests
+                if _written(values[name]) > mark.stat().st_mtime:
+                    raise RunError(f"{mark.parent} was made from an older {values[name]} ({name}): remove that run, or "
+                                   "choose another output_dir")  # fmt: skip
             print(f"{notebook}: using {mark.parent}", flush=True)
             return mark.parent
     target = folder(notebook, declaration, values)
@@ -334,6 +348,13 @@ def ensure(notebook: str, output_dir: str = "outputs", **wanted: Any) -> Path:
         if not (target / "DONE").exists():
             _make(source, target, wanted)
     return target
+
+
+def _written(value: Any) -> float:
+    """When the file of a model was written, or that of a run, of which a parameter may be the path; 0 for no such."""
+    path = Path(resolve(value)) if isinstance(value, str) and value else root()
+    file = path / "model.safetensors" if path.is_dir() else path
+    return file.stat().st_mtime if file.is_file() else 0.0
 
 
 def _make(source: Path, target: Path, wanted: dict[str, Any]) -> None:

@@ -99,6 +99,10 @@ def published(run: runs.Run, weights: str) -> Start:
     models.match(vit, evaluate.image_shape(images))
     if weights == "pretrained" and params["normalise"] == run.defaults["normalise"]:
         images = as_fed(images, vit.pretrained_cfg, params["normalise"])
+    elif weights != "pretrained":
+        print(
+            f"{weights} does not say its pixel statistics: fed with mean {images.mean} and std {images.std} (normalise)"
+        )
     about |= {"classes": images.classes, "mean": images.mean, "std": images.std, "digest": images.digest}
     return Start("", vit.eval(), images, about)
 

@@ -241,8 +241,9 @@ def _other_parameters(notebook: str, folder: Path, values: dict[str, Any]) -> bo
     file = folder / "params.json"
     if not file.exists():
         return False
-    now = params.check(params.declared_in(Path("notebooks") / f"{notebook}.ipynb"), values)
-    return runs.identity(json.loads(file.read_text())) != runs.identity(now)
+    declaration = params.declared_in(Path("notebooks") / f"{notebook}.ipynb")
+    before = {name: each.default for name, each in declaration.items()} | json.loads(file.read_text())
+    return runs.identity(before) != runs.identity(params.check(declaration, values))
 
 
 def unfinished(output: Path, runs: dict[str, Planned]) -> list[str]:

@@ -114,7 +114,8 @@ def fit(
 
     Returns one dict per epoch, as in metrics.jsonl. Raises FloatingPointError, with the step, when loss or gradient
     stop being finite (the last good state stays), RunError where run holds a training of another model or on other
-    images. Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
+    images. After an error `model` has the weights of the last good state, or where there is none those it came with, so
+    that the same call goes on from there. Ctrl-C and SIGTERM save first; SIGTERM then exits with 143.
     """
     if not len(data.train.labels) or not len(data.val.labels):
         found = f"{len(data.train.labels)} and {len(data.val.labels)}"
@@ -122,7 +123,21 @@ def fit(
     if recipe.num_processes > 1 and not processes.within():
         hooks = {"loss": loss, "on_gradient": on_gradient, "on_step": on_step, "watch": watch}
         return _shared(model, data, recipe, run, hooks)
+    came_with = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     fitting = _Fitting(model, data, recipe, run, loss, on_gradient, on_step, watch)
+    try:
+        _train(fitting)
+    except Exception:
+        state = fitting.states.newest()
+        model.load_state_dict(state["modules"]["model"] if state else came_with)
+        raise
+    model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
+    return fitting.history
+
+
+def _train(fitting: "_Fitting") -> None:
+    """Every epoch that is left."""
+    recipe = fitting.recipe
     with fitting.bar, defer_signals() as signals:
         while fitting.epoch < recipe.epochs and not _stale(fitting.history, recipe.patience):
             began = time.monotonic()
@@ -135,8 +150,6 @@ def fit(
             signals.received = fitting.agreed(signals.received)
             signals.leave_after(fitting.save)
     fitting.accelerator.wait_for_everyone()
-    model.load_state_dict(fitting.states.best() if recipe.keep == "best" and fitting.history else fitting.last())
-    return fitting.history
 
 
 def _shared(model: nn.Module, data: Any, recipe: Recipe, run: runs.Part, hooks: dict[str, Any]) -> list[dict]:
@@ -204,6 +217,7 @@ class _Fitting:
         self.augment = Augment(recipe.augment)
 
         model.to(self.accelerator.device)
+        model.zero_grad()  # what an analysis, or a training that failed, left would be added to the first step's
         optimizer = create_optimizer_v2(
             model, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )

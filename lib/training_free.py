@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lib import evaluate, models, plots, train
+from lib.blocks import UnsupportedBlock
 from lib.pruners import baselines
 from lib.pruners.anchors import Anchors
-from lib.pruners.dropping import FirstTokens, reaching
+from lib.pruners.dropping import FirstTokens, reaching, refuse_met
 from lib.pruners.tokens import TokenPruner
 from lib.pruners.ward import Ward
 from lib.runs import Run
@@ -33,8 +34,9 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
     settings that do not fit the model.
     """
     method, blocks = method or rules["method"], rules.get("blocks") or None
-    macs_g = rules["macs_g"] if macs_g is None else macs_g
     patches = TokenPruner(vit).patches
+    if macs_g is None and (macs_g := rules["macs_g"]):
+        refuse_met(vit, macs_g)
     headed = [index for index, block in enumerate(vit.blocks) if block.attn.num_heads and index >= rules["start_block"]]
     fixed = {"alpha": rules["alpha"], "normalise": rules["normalise_scores"]}
     fixed["start_block"] = headed[0] if headed else rules["start_block"]  # a block may have lost its heads
@@ -50,6 +52,8 @@ def build(vit: nn.Module, rules: Mapping[str, Any], method: str = "", macs_g: fl
         if macs_g:
             return reaching(make, macs_g, merging * patches // 2)  # half in each
         return make(merging * rules["r"]) if every > 1 else MERGING[method](vit, rules["r"], **gamma)
+    if not headed and rules["start_block"] < len(vit.blocks):
+        raise UnsupportedBlock(f"no block from {rules['start_block']} on has heads: anchors need attention")
     if not macs_g:
         return Anchors(vit, _number(rules["k_anchors"]), _number(rules["top_m"]), **fixed)
     given = [value if value >= 1 else value * patches for value in (rules["k_anchors"], rules["top_m"])]

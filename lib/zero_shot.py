@@ -154,13 +154,13 @@ def start(run: runs.Run, clip: Clip) -> Start:
         if finished.read(folder, "provenance")["dataset_digest"] != images.digest:
             found = f"dataset {images.name} holds other images than when the model in {folder} was trained"
             raise DataError(f"{found}: put them back, or remove that run")
-    prompts = params["templates"] or templates(images.name)
-    where = evaluate.device()
+    prompts, words, where = params["templates"] or templates(images.name), class_names(images), evaluate.device()
+    if twice := next((word for word in words if words.count(word) > 1), None):
+        print(f"two classes of {images.name} are {twice!r}: of them only the first is ever answered", flush=True)
+    print(f"asked for {', '.join(repr(prompts[0].format(word)) for word in words[:3])}, …", flush=True)
     weights = (
         needed()
-        .build_zero_shot_classifier(
-            clip.model.to(where), clip.tokenizer, class_names(images), prompts, device=where, use_tqdm=True
-        )
+        .build_zero_shot_classifier(clip.model.to(where), clip.tokenizer, words, prompts, device=where, use_tqdm=True)
         .cpu()
     )
     clip.model.cpu()

@@ -145,7 +145,7 @@ def compared(newest: Path | None, cards: dict[str, dict]) -> dict[str, Any]:
         "columns": columns,
         "score": columns[1].title,
         "brief": [c for c in columns if c.key in comparison.BRIEF],
-        "more": known(comparison.MORE),
+        "more": known(comparison.more(metrics)),
         "budgets": comparison.budgets(rows),
         "advice": [advice | {"row": by_arm.get(advice["use"])} for advice in metrics.get("advice", [])],
         "volumes": metrics.get("volumes", []),

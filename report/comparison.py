@@ -79,6 +79,13 @@ MORE = [
 ]
 
 
+def more(metrics: dict[str, Any]) -> list[Column]:
+    """MORE, and behind what it says of speed the speed-ups in the comparison's further settings."""
+    settings = [name for name in (metrics.get("elsewhere") or [{}])[0] if name != "arm"]
+    hint = "speed against the baseline at other batch sizes or in another precision, timed in turns"
+    return [*MORE[:2], *(Column(f"speed, {name}", name, f"{{{name}:.2f}}×", hint) for name in settings), *MORE[2:]]
+
+
 def signed(text: str) -> str:
     """With real minus signs before numbers."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", text)
@@ -93,9 +100,8 @@ def probability(p: float | None) -> str:
 def rows(metrics: dict[str, Any], metric: str) -> list[dict[str, Any]]:
     """One per arm: all that the comparison's tables say of it, differences in points of 100."""
     found = []
-    by_arm = {
-        name: {row["arm"]: row for row in metrics.get(name, [])} for name in ("paired", "calibration", "foreground")
-    }
+    parts = ("paired", "calibration", "foreground", "elsewhere")
+    by_arm = {name: {row["arm"]: row for row in metrics.get(name, [])} for name in parts}
     speed = {row["model"]: row for row in metrics.get("speed", [])}
     for row in metrics.get("summary", []):
         row = dict(row) | {"difference_of_means": 100 * row["difference"]}

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
+import timm
 import torch
 from conftest import TINY
 from safetensors.torch import save_file
 from test_finished import run as make_run
 
-from lib import arms, compare, data, evaluate, finished, models, params, runs
+from lib import arms, compare, data, evaluate, evidence, finished, models, params, runs
 from lib.pruners.baselines import ToMe
 from lib.pruners.shrunk import Shrunk
 from lib.pruners.tokens import FixedPatches
@@ -84,6 +85,10 @@ def test_given_models_alone_are_measured_as_they_were_trained(take, images, tmp_
         torch.testing.assert_close(now.logits, predicted.logits, atol=1e-5, rtol=1e-4)
     assert found.images.mean == (0.5, 0.5, 0.5)
     assert compare.baseline_arm(found.table, "dense") == "mine"
+    paired = evidence.significance(found.table, "dense").set_index("arm")
+    right = [(evaluate.predict(model, images.test, mean=found.images.mean, std=found.images.std).logits.argmax(1)
+              == torch.as_tensor(images.test.labels)).double().mean() for model in found.models.values()]  # fmt: skip
+    assert paired.difference["theirs"] == pytest.approx(float(right[1] - right[0])) and paired.p["mine"] == 1
 
 
 def test_a_model_that_shrinks_its_images_is_taken(take, tmp_path):
@@ -241,3 +246,6 @@ def test_resnets_take_part_but_not_under_other_pixel_statistics(take, images, ti
         take(f"resnet20={tmp_path}/five.pth", run_name="five")
     with pytest.raises(finished.CompareError, match="a ResNet pads with zeros"):
         arms.renormalise(model, images.normalised("imagenet"), images.normalised("half"))
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, num_classes=3)
+    with pytest.raises(finished.CompareError, match="a hybrid's patches come from a network that is not linear"):
+        arms.renormalise(hybrid, images.normalised("imagenet"), images.normalised("half"))

@@ -117,6 +117,9 @@ def test_every_way_of_merging_costs_the_same_and_is_measured_as_it_answers():
     assert table.NLL["dense"] == pytest.approx(-clean[range(12), labels].mean().item(), abs=1e-6)
     assert table.top1["dense"] == (clean.argmax(1) == labels).double().mean().item() and (table.KL[1:] > 0).all()
     assert (table["NLL low"] <= table["NLL high"])[2:].all()
+    again = merging.measured(vit, x, x, labels, [1.5], ["Ward", "ToMe"]).set_index("way")
+    assert again.p.notna().to_dict() == {"dense": False, "Ward": False, "ToMe": True}
+    assert again["NLL low"]["ToMe"] <= again.NLL["ToMe"] - again.NLL["Ward"] <= again["NLL high"]["ToMe"]
     found = {name: pruner.rs for name, pruner in merging.arms(vit, 0.03, x, ["ToMe", "Ward, each 2 blocks"])}
     assert [*found] == ["ToMe", "Ward, each 2 blocks"] and all(found["ToMe"])
     assert [each > 0 for each in found["Ward, each 2 blocks"]] == [True, False] * 3

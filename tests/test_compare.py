@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from test_finished import run
+from torch import nn
 
 from lib import compare, evaluate, finished, plots_evaluation
 
@@ -61,6 +62,24 @@ def test_speed_is_a_share_of_the_ceilings_where_that_was_timed(table):
     found = compare.summary(again, "top1", "dense").set_index("arm").of_ceiling
     assert found.to_dict() == pytest.approx(shares, nan_ok=True)
     assert again.of_ceiling.tolist() == pytest.approx([shares[arm] for arm in again.arm], nan_ok=True)
+
+
+def test_speed_in_further_settings_is_of_as_many_images_as_it_says(tiny, monkeypatch):
+    seen, models = [], {"dense 1": nn.Identity(), "mine 0.5": nn.Identity()}
+
+    def latency(models, batch, *, precision, repeats, **_):
+        seen.append((len(batch), precision, repeats))
+        ms = [6.0, len(seen) if precision == "fp32" else 4.0]  # of every batch another time
+        return pd.DataFrame({"model": [*models], "latency_ms": ms})
+
+    monkeypatch.setattr(compare.evaluate, "latency", latency)
+    settings, most = [(1, "fp32"), (10**6, "fp32"), (5, "bf16")], len(tiny.test)
+    found = compare.elsewhere(models, tiny, settings, "dense 1", repeats=10).set_index("arm")
+    ones = min(16, most)
+    assert seen == [(1, "fp32", 3)] * ones + [(most, "fp32", 10)] + [(5, "bf16", 10)]
+    expected = {"batch 1, fp32": 6 * ones / sum(range(1, ones + 1)), f"batch {most}, fp32": 6 / (ones + 1)}
+    assert found.loc["mine 0.5"].to_dict() == pytest.approx(expected | {"batch 5, bf16": 1.5})
+    assert {*found.loc["dense 1"]} == {1} and [*compare.elsewhere(models, tiny, [], "dense 1", 3).columns] == ["arm"]
 
 
 def test_baseline_is_a_method_or_an_arm_and_without_runs_the_first_model(table):

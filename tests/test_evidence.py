@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from conftest import TINY
 from scipy import stats
@@ -288,8 +289,12 @@ def test_a_ceiling_keeps_a_token_where_all_images_have_left(tiny_images):
     vit = four_blocks(class_token=False, global_pool="avg")
     found = evidence.ceilings({"avit": halting(vit, gate_center=-1e3)}, tiny_images)["avit"]
     assert found.mlp_counts == [16, 1, 1, 1]
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=12, patch_size=3, num_classes=3, depth=3)
+    two = evidence.ceilings({"avit": halting(distilled.eval(), gate_center=-1e3)}, tiny_images)["avit"]
+    assert two.mlp_counts == [18, 2, 2], "its head reads two tokens"
     with torch.no_grad():
-        assert found(evaluate.batch(tiny_images, 4)).isfinite().all()
+        for ceiling in (found, two):
+            assert ceiling(evaluate.batch(tiny_images, 4)).isfinite().all()
 
 
 class Fickle(TokenPruner):

@@ -229,9 +229,8 @@ def comparison(folder, dense, stage1, stage2, avit) -> tuple[Path, str]:
     unfinished.mkdir(parents=True)
     (unfinished / "params.json").write_text("{}")
     torch.save(models.load(dense).state_dict(), folder / "theirs.pth")
-    run, result = papermill(
-        "compare", folder, runs=f"{folder}/*/*", models=[f"vit_digits={folder}/theirs.pth"], repeats=3
-    )
+    values = {"runs": f"{folder}/*/*", "models": [f"vit_digits={folder}/theirs.pth"], "repeats": 3}
+    run, result = papermill("compare", folder, **values, latency_batches=[2], latency_bf16=True)
     assert result.returncode == 0, result.stderr[-3000:]
     printed = "".join(output.get("text", "") for cell in nbformat.read(run / "notebook.ipynb", 4).cells
                       for output in cell.get("outputs", []))  # fmt: skip
@@ -279,6 +278,10 @@ def check_evidence(metrics: dict, arms: dict[str, dict]) -> None:
     for row in tables["foreground"].values():
         assert row["precision_random"] == pytest.approx(6 / 64) and 0 <= row["precision"] <= 1
     timed = {row["model"]: row["speedup"] for row in metrics["speed"]}
+    elsewhere = {row.pop("arm"): row for row in metrics["elsewhere"]}
+    settings = {"batch 2, fp32", f"batch {metrics['speed'][0]['batch_size']}, bf16"}
+    assert elsewhere.keys() == arms.keys() and all(row.keys() == settings for row in elsewhere.values())
+    assert {*elsewhere["dense 1"].values()} == {1} and all(elsewhere["ucb 0.25"].values())
     share = timed["avit-finetuned ponder 0.03"] / timed["ceiling of avit-finetuned ponder 0.03"]
     assert arms["avit-finetuned ponder 0.03"]["of_ceiling"] == pytest.approx(share)
     assert arms["ucb 0.25"]["of_ceiling"] is arms["dense 1"]["of_ceiling"] is None, "they choose nothing"

@@ -43,7 +43,8 @@ def write_run(out: Path, notebook: str, name: str, metrics: dict, picture: str =
 
 def tables(runs: dict[str, Path]) -> dict:
     """What compare.ipynb writes."""
-    found = {name: [] for name in ("summary", "paired", "speed", "calibration", "foreground", "volumes")}
+    parts = ("summary", "paired", "speed", "elsewhere", "calibration", "foreground", "volumes")
+    found = {name: [] for name in parts}
     for arm, (top1, speedup, macs) in ARMS.items():
         method, ratio = arm.split()
         summary = {"arm": arm, "method": method, "keep_ratio": float(ratio), "seeds": 1, "top1": top1, "±": None}
@@ -54,6 +55,7 @@ def tables(runs: dict[str, Path]) -> dict:
         found["paired"].append({"arm": arm, **change, "p_holm": p_holm, "random": None})
         timed = {"model": arm, "speedup": speedup, "speedup_iqr": 0.1, "batch_size": 32, "device": "cpu", "threads": 1}
         found["speed"].append(timed | {"precision": "fp32"})
+        found["elsewhere"].append({"arm": arm, "batch 1, fp32": speedup - 0.25})
         found["calibration"].append({"arm": arm, "temperature": 0.6, "ece": 0.086, "ece_scaled": 0.011})
         found["volumes"].append({"method": method, "arms": 1, "cheapest": macs, "best": top1, "volume": 1 - 20 * macs})
     random = {"random": "random 0.5", "p_random": 1e-12}
@@ -134,6 +136,7 @@ def test_the_index_says_what_to_use_how_sure_and_how_to_make_it(out):
     assert "Not told apart from the baseline: −1.0 points, 95 % interval −2.0 to +0.0, p = 0.20." in text
     assert "+27.0 to random choices at the same cost. One training run" in text
     assert "−28.0 [−29.0, −27.0]" in text and "< 0.001" in text
+    assert "speed, batch 1, fp32" in text and "1.65×" in text
     for provenance in out.glob("*/*/provenance.json"):
         assert json.loads(provenance.read_text())["command"] in text
     chain = [f"papermill notebooks/{notebook}.ipynb out.ipynb" for notebook in ("dense", "ucb_stage1", "ucb_stage2")]
@@ -224,7 +227,11 @@ def test_older_comparisons_and_none(out):
     (out / "compare" / "c" / "metrics.json").write_text(json.dumps(old))
     text = Page(build(out)).text
     assert "Not in this comparison," in text and "paired intervals" in text and "calibration" in text
-    assert "not corrected for many comparisons" in text and "Which method over all budgets" not in text
+    assert (
+        "not corrected for many comparisons" in text
+        and "speed, batch" not in text
+        and "Which method over all budgets" not in text
+    )
     shutil.rmtree(out / "compare")
     assert "no comparison of them yet" in Page(build(out)).text
 

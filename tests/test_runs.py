@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DECLARED, tiny_run, write_notebook
+from matplotlib.figure import Figure
 
 from lib import params, runs
 from lib.runs import RunError
@@ -165,6 +166,40 @@ def test_a_name_that_stands_for_other_parameters_is_refused(make_run):
     assert again.done and json.loads((again.dir / "params.json").read_text())["seed"] == 1
 
 
+def test_a_run_from_before_there_was_a_parameter_was_made_with_its_default(make_run):
+    run = make_run()
+    run.finish({})
+    path = run.dir / "params.json"
+    values = json.loads(path.read_text())
+    assert values.pop("seed") == 0
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match=r"other parameters \(seed was 0, is 1\)"):
+        make_run(seed=1)
+    assert make_run().done
+
+
+def test_a_finished_run_whose_results_are_written_anew_is_unfinished(make_run):
+    make_run().finish({"top1": 0.5})
+    again = make_run()
+    assert again.done
+    again.arrays("test", logits=np.zeros(3))
+    assert not again.done and (again.dir / "metrics.json").exists()
+    again.finish({"top1": 0.6})
+    assert again.done
+
+
+def test_figures_of_another_run_of_the_name_do_not_pass_for_those_of_this(make_run):
+    run = make_run(seed=1)
+    run.figure(Figure(), "kept")
+    run.log([{"epoch": 1}])
+    run.close()
+    run = make_run(seed=2)
+    assert not (run.dir / "figures").exists() and not (run.dir / "metrics.jsonl").exists()
+    run.figure(Figure(), "kept")
+    run.finish({})
+    assert [each.name for each in (make_run(seed=2).dir / "figures").iterdir()] == ["kept.png"]
+
+
 @pytest.mark.parametrize("begun", ["last/state-00000001.pt", "last/search.jsonl", "parts/state00/state.json"])
 def test_a_state_to_resume_is_not_taken_for_that_of_other_parameters(make_run, begun):
     run = make_run(seed=1)
@@ -289,6 +324,8 @@ def test_ensure_makes_a_run_once(project, capsys):
     assert "no finished run with {'seed': 3}, making it" in capsys.readouterr().out
     assert runs.ensure("toy", seed="3") == made
     assert "using" in capsys.readouterr().out
+    (project / "outputs" / "older.pth").touch()
+    assert runs._written("outputs/older.pth") > 0 == runs._written("outputs") == runs._written("") == runs._written(3)
     made.rename(made.with_name("mine"))  # found by what it computed, not by its name
     assert runs.ensure("toy", seed=3).name == "mine"
 

@@ -271,8 +271,18 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_s
     assert len(seen) == 4 and same(broken.state_dict(), seen[3])
     state = States(make_run().dir / "last").newest()
     assert state["progress"]["batch"] == 1 and same(state["modules"]["model"], seen[3])
-    assert plain(fit(begun, tiny, recipe, run=make_run())) == plain(history)
-    assert same(begun.state_dict(), vit.state_dict())
+    assert plain(fit(broken, tiny, recipe, run=make_run())) == plain(history)
+    assert same(broken.state_dict(), vit.state_dict())
+
+
+def test_a_training_that_failed_before_it_saved_begins_anew_with_the_same_model(make_run, tiny, vit):
+    broken, begun = copy.deepcopy(vit), weights(vit)
+    fit(vit, tiny, RECIPE, run=make_run(run_name="whole"))
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        fit(broken, tiny, RECIPE, run=make_run(), loss=nan_at(2))
+    assert same(broken.state_dict(), begun) and not same(vit.state_dict(), begun)
+    fit(broken, tiny, RECIPE, run=make_run())
+    assert same(broken.state_dict(), vit.state_dict())
 
 
 def test_a_gradient_that_is_not_finite_stops_too(make_run, tiny, vit):

@@ -116,6 +116,8 @@ def test_under_a_ceiling_is_the_mildest_below(start, method, ceiling):
     found = training_free.build(start.vit, RULES, method, whole / ceiling)
     assert predicted_macs(found) <= whole / ceiling
     assert 0.85 * whole / ceiling < evaluate.macs(found, SHAPE)["macs_g"] < 1.02 * whole / ceiling
+    with pytest.raises(ValueError, match=r"macs_g is 5: expected less than the .* GMACs of the model as it is"):
+        training_free.build(start.vit, RULES | {"macs_g": 5.0, "method": method})
     named = training_free.build(start.vit, RULES | {"macs_g": whole / ceiling, "method": method})
     assert named.arguments == found.arguments and named.counts() == found.counts()
     if method == "anchors":

@@ -131,6 +131,12 @@ class Unreachable(ValueError):
     """A ceiling of multiply-adds under which a method cannot come."""
 
 
+def refuse_met(vit: nn.Module, macs_g: float) -> None:
+    """ValueError where `vit` as it is comes under a ceiling of GMACs: what met it would be vit itself."""
+    if macs_g >= (whole := predicted_macs(Dropping(vit, 1.0))):
+        raise ValueError(f"macs_g is {macs_g:g}: expected less than the {whole:.3g} GMACs of the model as it is")
+
+
 def reaching(make: Callable[[float], TokenPruner], macs_g: float, most: float) -> TokenPruner:
     """The mildest `make(strength)` of at most macs_g GMACs per image (`predicted_macs`), by bisection over [0, most].
 
