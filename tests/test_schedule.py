@@ -370,7 +370,7 @@ def test_the_budget_is_half_of_dense_where_none_is_given(start, given, monkeypat
     assert limit == pytest.approx(costs.closed_form_macs(start.vit) / 2e9, rel=1e-12)
     assert cost is predicted_macs and unit == "GMACs" and every == [1]
     assert merging.budget(given(merge_every=[2, 3]), start, Ward)[3] == [2, 3]
-    assert merging.budget(given(macs_g=0.01), start, Ward)[0] == 0.01
+    assert merging.budget(given(macs_g=1e-4), start, Ward)[0] == 1e-4
     seen = timed(monkeypatch, lambda pruner: float(parts_of(pruner) @ (0.02, 3e-4, 0.7, 5.0)))
     limit, cost, unit, every = merging.budget(given(latency_ms=7.0, latency_batch=4), start, Ward)
     assert (
