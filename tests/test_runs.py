@@ -330,6 +330,19 @@ def test_ensure_makes_a_run_once(project, capsys):
     assert runs.ensure("toy", seed=3).name == "mine"
 
 
+def test_ensure_refuses_a_run_that_was_made_from_an_older_model(project):
+    write_notebook(project / "notebooks" / "toy.ipynb", f'weights: str = ""\n{DECLARED}', CODE)
+    (model := project / "model.pth").touch()
+    made = runs.ensure("toy", weights="model.pth")
+    assert runs.ensure("toy", weights="model.pth") == made
+    later = (made / "DONE").stat().st_mtime + 60
+    os.utime(model, (later, later))
+    fault = rf"{re.escape(str(made))} was made from an older .*model\.pth \(weights\): remove that run, or choose"
+    with pytest.raises(RunError, match=f"^{fault} another output_dir$"):
+        runs.ensure("toy", weights="model.pth")
+    assert (made / "DONE").exists(), "what was found stays"
+
+
 def test_of_two_that_need_a_run_at_once_one_makes_it(project):
     """Sweeps start such pairs."""
     write_notebook(project / "notebooks" / "toy.ipynb", DECLARED, f"import time\ntime.sleep(2)\n{CODE}")

@@ -380,6 +380,13 @@ def test_the_budget_is_half_of_dense_where_none_is_given(start, given, monkeypat
     )
 
 
+def test_a_time_is_not_taken_of_fewer_images_than_asked_for(start, given):
+    images = len(start.images.test)
+    fault = f"latency_batch is {images + 1}: expected at most the {images} test images"
+    with pytest.raises(params.ParameterError, match=f"^{fault}$"):
+        merging.budget(given(latency_ms=7.0, latency_batch=images + 1), start, Ward)
+
+
 def test_validation_images_decide_and_every_first_part_is_spread_over_them(start, given):
     found = merging.images_of(given(), start)
     val = evaluate.inputs(start.images.val.images, start.images)

@@ -142,6 +142,14 @@ def dataset(path, classes=6):
     return path
 
 
+def test_classes_of_one_word_are_told_of(load, start, tmp_path, capsys):
+    with h5py.File(dataset(tmp_path / "d.h5"), "a") as file:
+        file.attrs["class_names"] = ["crane", "maillot", "sunglasses", "crane", "tench", "oboe"]
+    start(load(), tmp_path / "d.h5")
+    said = "two classes of d.h5 are 'crane': of them only the first is ever answered\n"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("classes", [3, 6])
 def test_report_is_as_clip_benchmark_writes_it(load, start, tmp_path, classes):
     clip = load()
